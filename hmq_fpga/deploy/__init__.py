@@ -1,0 +1,1 @@
+"""From a QNet to hardware; never imports torch."""

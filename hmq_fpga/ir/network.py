@@ -1,0 +1,382 @@
+"""QNet: the exact integer description of a quantized network, the waist of the package.
+
+Everything is channels-last and integer: a weight is a code plus a `Fixed`, a bias is a code on its
+layer's accumulator grid. Ops form a graph in topological order; each makes one tensor, known by the
+op's name. Shapes leave out the batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, assert_never, get_args
+
+import numpy as np
+
+from hmq_fpga.ir.errors import InvalidInput
+from hmq_fpga.ir.fixed import MAX_WIDTH, Codes, Fixed, Reals
+
+FORMAT_VERSION = 1
+Shape = tuple[int, ...]
+Pair = tuple[int, int]
+Padding = tuple[Pair, Pair]  # ((top, bottom), (left, right)), zeros for a convolution
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Input:
+    """The network's input, quantized to `format`; shape `(features,)` or `(height, width, channels)`."""
+
+    name: str
+    shape: Shape
+    format: Fixed
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Quantize:
+    """Round and saturate to `format`; an unsigned format clips at zero and so contains the ReLU."""
+
+    name: str
+    source: str
+    format: Fixed
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Dense:
+    """`(…, n) @ weight + bias`, with weight codes `(n, m)` and bias codes `(m,)`."""
+
+    name: str
+    source: str
+    weight: Codes
+    weight_format: Fixed
+    bias: Codes
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Conv2d:
+    """Cross-correlation of `(h, w, c)` with weight codes `(kh, kw, c, m)`, plus bias codes `(m,)`."""
+
+    name: str
+    source: str
+    weight: Codes
+    weight_format: Fixed
+    bias: Codes
+    stride: Pair
+    padding: Padding
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MaxPool2d:
+    """Maximum over windows; windows that do not fit are dropped."""
+
+    name: str
+    source: str
+    window: Pair
+    stride: Pair
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Flatten:
+    """`(h, w, c)` to `(h * w * c,)`, in that order."""
+
+    name: str
+    source: str
+
+
+Linear = Dense | Conv2d
+Op = Input | Quantize | Dense | Conv2d | MaxPool2d | Flatten
+_OPS: Mapping[str, type[Op]] = {op.__name__: op for op in get_args(Op)}
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+
+
+def source_of(op: Op) -> str | None:
+    """Name of the tensor that `op` reads; None for the input."""
+    return None if isinstance(op, Input) else op.source
+
+
+@dataclass(frozen=True, eq=False)
+class QNet:
+    """A quantized network. Its first op is the one `Input`, its last op makes the output.
+
+    Raises:
+        InvalidInput: from the constructor, naming the op and what is wrong with it.
+    """
+
+    ops: tuple[Op, ...]
+
+    def __post_init__(self) -> None:
+        if not self.ops or not isinstance(self.ops[0], Input):
+            raise InvalidInput("a network starts with its Input")
+        seen: set[str] = set()
+        for i, op in enumerate(self.ops):
+            if not _NAME.fullmatch(op.name):
+                raise InvalidInput(f"op {op.name!r}: a name is letters, digits and underscores, a letter first")
+            if op.name in seen:
+                raise InvalidInput(f"op {op.name!r}: the name is taken by an earlier op")
+            if i and (isinstance(op, Input) or op.source not in seen):
+                raise InvalidInput(f"op {op.name!r}: must read an earlier op's tensor, not {source_of(op)!r}")
+            seen.add(op.name)
+        read = {source_of(op) for op in self.ops}
+        if unread := [op.name for op in self.ops[:-1] if op.name not in read]:
+            raise InvalidInput(f"op {unread[0]!r}: nothing reads its tensor")
+        for op in self.ops:
+            with _naming(op):
+                _check(op)
+        _ = self.formats, self.shapes
+
+    def __getitem__(self, name: str) -> Op:
+        return next(op for op in self.ops if op.name == name)
+
+    @property
+    def input(self) -> Input:
+        """The first op."""
+        assert isinstance(self.ops[0], Input)
+        return self.ops[0]
+
+    @property
+    def output(self) -> Op:
+        """The last op: its tensor is the network's output."""
+        return self.ops[-1]
+
+    @property
+    def output_format(self) -> Fixed:
+        """Format of the output codes; for logits, that of the exact accumulator."""
+        return self.formats[self.output.name]
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """The ops that have weights."""
+        return tuple(op for op in self.ops if isinstance(op, Linear))
+
+    @cached_property
+    def formats(self) -> Mapping[str, Fixed]:
+        """Format of every tensor. A linear op's is its accumulator's: wide enough to be exact."""
+        formats: dict[str, Fixed] = {}
+        for op in self.ops:
+            with _naming(op):
+                formats[op.name] = _format(op, formats)
+        return formats
+
+    @cached_property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Shape of every tensor, without the batch."""
+        shapes: dict[str, Shape] = {}
+        for op in self.ops:
+            with _naming(op):
+                shapes[op.name] = _shape(op, shapes)
+        return shapes
+
+    def bias_format(self, op: Linear) -> Fixed:
+        """The narrowest format, on the accumulator's grid, that holds the bias of `op` exactly."""
+        return Fixed.enclosing(int(op.bias.min()), int(op.bias.max()), self.formats[op.name].frac)
+
+    def partial_sum_bits(self, op: Linear) -> int:
+        """Bits that hold the magnitude of any partial sum of `op`, whatever the order of summation.
+
+        A float computation of `op` is exact if this fits its significand: 24 bits in float32, 53 in float64.
+        """
+        source = self.formats[op.source]
+        largest = np.abs(_by_output(op.weight)).sum(axis=0) * max(source.hi, -source.lo) + np.abs(op.bias)
+        return int(largest.max()).bit_length()
+
+    def encode(self, x: np.ndarray[Any, Any]) -> Codes:
+        """Real inputs `(batch, *input shape)` to input codes."""
+        if x.shape[1:] != self.input.shape:
+            raise InvalidInput(f"input of shape {x.shape[1:]}; the network takes {self.input.shape}, channels last")
+        return self.input.format.encode(x)
+
+    def decode(self, codes: Codes) -> Reals:
+        """Output codes to real values."""
+        return self.output_format.decode(codes)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of everything that decides an output; equal networks have equal digests."""
+        sha = hashlib.sha256(json.dumps(self._description(), sort_keys=True).encode())
+        for name, array in sorted(self._arrays().items()):
+            sha.update(f"{name}{array.shape}".encode())
+            sha.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
+        return sha.hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Write `network.json` and `weights.npz` to `folder`, replacing it in one step."""
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            text = json.dumps({"digest": self.digest, **self._description()}, indent=1)
+            (new / "network.json").write_text(text + "\n")
+            np.savez(new / "weights.npz", **self._arrays())
+            new.chmod(0o755)
+            if folder.exists():
+                shutil.rmtree(folder)
+            new.rename(folder)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+
+    @classmethod
+    def load(cls, folder: Path) -> QNet:
+        """Read what `save` wrote.
+
+        Raises:
+            InvalidInput: when a file is missing, damaged, of another version, or not what was saved.
+        """
+        try:
+            data = json.loads((folder / "network.json").read_text())
+            with np.load(folder / "weights.npz", allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise InvalidInput(f"{folder}: not a readable QNet folder: {error}") from error
+        if not isinstance(data, dict) or data.get("format_version") != FORMAT_VERSION:
+            raise InvalidInput(f"{folder / 'network.json'}: not a QNet of format version {FORMAT_VERSION}")
+        try:
+            net = cls(tuple(_op_from_json(entry, arrays) for entry in data["ops"]))
+        except (KeyError, TypeError) as error:
+            raise InvalidInput(f"{folder / 'network.json'}: malformed op: {error!r}") from error
+        if net.digest != data.get("digest"):
+            raise InvalidInput(f"{folder}: digest differs from the one recorded: the files were changed or mixed up")
+        return net
+
+    def _description(self) -> dict[str, Any]:
+        return {"format_version": FORMAT_VERSION, "ops": [_op_to_json(op) for op in self.ops]}
+
+    def _arrays(self) -> dict[str, Codes]:
+        return {f"{op.name}.{key}": getattr(op, key) for op in self.linears for key in ("weight", "bias")}
+
+
+@contextmanager
+def _naming(op: Op) -> Iterator[None]:
+    """Put the op's name in front of an error about it."""
+    try:
+        yield
+    except InvalidInput as error:
+        raise InvalidInput(f"op {op.name!r}: {error}") from error
+
+
+def _check(op: Op) -> None:
+    """What an op's own fields must satisfy."""
+    match op:
+        case Input():
+            if len(op.shape) not in (1, 3) or min(op.shape) < 1:
+                raise InvalidInput(f"input shape {op.shape} is neither (features,) nor (height, width, channels)")
+        case Dense() | Conv2d():
+            ndim = 2 if isinstance(op, Dense) else 4
+            if op.weight.dtype != np.int64 or op.bias.dtype != np.int64:
+                raise InvalidInput("weight and bias codes are int64")
+            if op.weight.ndim != ndim or 0 in op.weight.shape or op.bias.shape != op.weight.shape[-1:]:
+                raise InvalidInput(
+                    f"weight {op.weight.shape} and bias {op.bias.shape} do not fit a {type(op).__name__}"
+                )
+            if not op.weight_format.contains(op.weight):
+                raise InvalidInput(f"a weight code is outside {op.weight_format}")
+            if isinstance(op, Conv2d) and (min(op.stride) < 1 or min(min(p) for p in op.padding) < 0):
+                raise InvalidInput(f"stride {op.stride} or padding {op.padding} is out of range")
+        case MaxPool2d():
+            if min(op.window) < 1 or min(op.stride) < 1:
+                raise InvalidInput(f"window {op.window} or stride {op.stride} is out of range")
+        case Quantize() | Flatten():
+            pass
+        case _:
+            assert_never(op)
+
+
+def _format(op: Op, formats: Mapping[str, Fixed]) -> Fixed:
+    match op:
+        case Input() | Quantize():
+            return op.format
+        case Dense() | Conv2d():
+            return _accumulator(op, formats[op.source])
+        case MaxPool2d() | Flatten():
+            return formats[op.source]
+        case _:
+            assert_never(op)
+
+
+def _accumulator(op: Linear, source: Fixed) -> Fixed:
+    """Interval arithmetic per output on the actual weights: the narrowest format that is exact.
+
+    Zero padding is covered, since every term's interval contains zero.
+    """
+    if source.width + op.weight_format.width + int(op.weight.size).bit_length() > MAX_WIDTH:
+        raise InvalidInput(f"its sums of {source} times {op.weight_format} may exceed {MAX_WIDTH} bits")
+    weight = _by_output(op.weight)
+    positive, negative = np.maximum(weight, 0).sum(axis=0), np.minimum(weight, 0).sum(axis=0)
+    lo = positive * source.lo + negative * source.hi + op.bias
+    hi = positive * source.hi + negative * source.lo + op.bias
+    return Fixed.enclosing(int(lo.min()), int(hi.max()), source.frac + op.weight_format.frac)
+
+
+def _by_output(weight: Codes) -> Codes:
+    """Weights of a linear op as `(terms of one sum, outputs)`."""
+    return weight.reshape(-1, weight.shape[-1])
+
+
+def _shape(op: Op, shapes: Mapping[str, Shape]) -> Shape:
+    match op:
+        case Input():
+            return op.shape
+        case Quantize():
+            return shapes[op.source]
+        case Flatten():
+            return (int(np.prod(shapes[op.source])),)
+        case Dense():
+            source = shapes[op.source]
+            if source[-1] != op.weight.shape[0]:
+                raise InvalidInput(f"reads {source}, but its weight {op.weight.shape} takes {op.weight.shape[0]}")
+            return (*source[:-1], op.weight.shape[1])
+        case Conv2d():
+            source = shapes[op.source]
+            if len(source) != 3 or source[2] != op.weight.shape[2]:
+                raise InvalidInput(
+                    f"reads {source}, but its weight {op.weight.shape} takes {op.weight.shape[2]} channels"
+                )
+            padded = tuple(n + sum(pad) for n, pad in zip(source, op.padding, strict=False))
+            return (*_windows(padded, op.weight.shape[:2], op.stride), op.weight.shape[3])
+        case MaxPool2d():
+            source = shapes[op.source]
+            if len(source) != 3:
+                raise InvalidInput(f"reads {source}, but pools (height, width, channels)")
+            return (*_windows(source[:2], op.window, op.stride), source[2])
+        case _:
+            assert_never(op)
+
+
+def _windows(size: Shape, window: Shape, stride: Shape) -> Shape:
+    """How many whole windows fit."""
+    if any(n < k for n, k in zip(size, window, strict=True)):
+        raise InvalidInput(f"its window {window} does not fit into {size}")
+    return tuple((n - k) // s + 1 for n, k, s in zip(size, window, stride, strict=True))
+
+
+def _op_to_json(op: Op) -> dict[str, Any]:
+    entry: dict[str, Any] = {"op": type(op).__name__}
+    for field in fields(op):
+        value = getattr(op, field.name)
+        if not isinstance(value, np.ndarray):
+            entry[field.name] = value.to_json() if isinstance(value, Fixed) else value
+    return entry
+
+
+def _op_from_json(entry: dict[str, Any], arrays: Mapping[str, Codes]) -> Op:
+    cls = _OPS[entry["op"]]
+    values: dict[str, Any] = {}
+    for field in fields(cls):
+        name = field.name
+        if name in ("weight", "bias"):
+            values[name] = arrays[f"{entry['name']}.{name}"]
+        elif name in ("format", "weight_format"):
+            values[name] = Fixed.from_json(entry[name])
+        else:
+            values[name] = _tuples(entry[name])
+    return cls(**values)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value

@@ -1,0 +1,1 @@
+"""From a float PyTorch model to a QNet; torch only."""

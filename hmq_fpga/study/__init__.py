@@ -1,0 +1,1 @@
+"""Experiments: tasks, runs, reports; may import everything."""
