@@ -1,0 +1,68 @@
+"""Search methods: `METHODS` maps a name to a function that finds a scheme."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from hmq_fpga.ir.errors import InvalidInput
+from hmq_fpga.ir.scheme import Scheme
+from hmq_fpga.search.graph import QModel
+from hmq_fpga.search.methods.hmq import HmqOptions, hmq
+from hmq_fpga.search.methods.uniform import UniformOptions, uniform
+from hmq_fpga.search.target import Target
+from hmq_fpga.search.train import Budget, History, Listener, Task, ignore
+
+
+@dataclass(frozen=True)
+class Method:
+    """A search method: its function, and the dataclass of its options."""
+
+    function: Callable[..., tuple[QModel, Scheme, History]]
+    options: type
+
+
+METHODS: Mapping[str, Method] = {
+    "hmq": Method(hmq, HmqOptions),
+    "uniform": Method(uniform, UniformOptions),
+}
+
+
+def make_options(method: str, settings: Mapping[str, Any]) -> Any:
+    """The options record of a method.
+
+    Raises:
+        InvalidInput: for an unknown method, an unknown option, or a value out of range.
+    """
+    if method not in METHODS:
+        raise InvalidInput(f"unknown method {method!r}; there are {', '.join(sorted(METHODS))}")
+    known = [field.name for field in fields(METHODS[method].options)]
+    if unknown := sorted(set(settings) - set(known)):
+        raise InvalidInput(f"method {method!r} has no option {unknown[0]!r}; it has {', '.join(known)}")
+    return METHODS[method].options(**settings)
+
+
+def search(
+    model: QModel,
+    task: Task,
+    budget: Budget,
+    target: Target,
+    *,
+    method: str = "hmq",
+    options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    listener: Listener = ignore,
+) -> tuple[QModel, Scheme, History]:
+    """Find a scheme that meets `target`, training `model` in place.
+
+    Returns:
+        The model with the scheme set and its weights as the search left them, the scheme, and what happened over the
+        steps.
+
+    Raises:
+        InvalidInput: for an unknown method or option, or a target out of reach, before anything is trained.
+    """
+    settings = make_options(method, options or {})
+    target.check(model)
+    return METHODS[method].function(model, task, budget, target, settings, seed=seed, listener=listener)

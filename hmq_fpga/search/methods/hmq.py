@@ -1,0 +1,217 @@
+"""HMQ: a Gumbel-softmax search over pairs of bit-width and power-of-two threshold, one pair per tensor.
+
+Phase one of Habi, Jennings, Netzer (2020). Their schedules count epochs of large data sets; here they are
+expressed in optimizer steps, and the learning rate of the logits follows from the number of steps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+
+from hmq_fpga.ir.cost import FLOAT_BITS
+from hmq_fpga.ir.errors import InvalidInput
+from hmq_fpga.ir.fixed import Fixed
+from hmq_fpga.ir.scheme import Scheme
+from hmq_fpga.search.calibrate import least_error_format, max_thresholds_log2, scheme_of
+from hmq_fpga.search.graph import QModel
+from hmq_fpga.search.quantizers import HMQ, Grid
+from hmq_fpga.search.target import Target, activation_sites, cheapest_bits, meets, rate, weight_sites
+from hmq_fpga.search.train import BETAS, Budget, History, Listener, Recorder, Task, batches, finite
+
+CYCLES = 6
+RISING_CYCLES = 4  # the targets reach their final values at the start of this one
+TEMPERATURE_UPDATES = 125  # per cycle: 25 an epoch, 5 epochs
+MIN_STEPS_PER_CYCLE = 25
+INITIAL_RATE = 4.0
+SAMPLES = 4096  # of the training set, for measuring what a repair costs
+
+Expectation = Literal["gumbel", "softmax"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HmqOptions:
+    """Options of `hmq`, by default the paper's where it gives them.
+
+    Attributes:
+        penalty: lambda of Eq. 8, the weight of a missed R_w.
+        temperature_rate: r of the temperature `max(exp(-r * i), min_temperature)` after i updates.
+        min_temperature: its lower bound.
+        logit_learning_rate: of the logits; by default so large that the initial gap between two logits
+            closes in a third of a cycle.
+        expected_bits: whether the expected rate is taken under the Gumbel-softmax sample, as in Eq. 7, or
+            under the distribution without noise, as in the authors' code.
+    """
+
+    penalty: float = 32.0
+    temperature_rate: float = 1e-2
+    min_temperature: float = 0.5
+    logit_learning_rate: float | None = None
+    expected_bits: Expectation = "gumbel"
+
+    def __post_init__(self) -> None:
+        if self.expected_bits not in get_args(Expectation):
+            raise InvalidInput(f"expected_bits {self.expected_bits!r}: choose from {', '.join(get_args(Expectation))}")
+        if not (self.penalty > 0 and self.temperature_rate > 0 and 0 < self.min_temperature <= 1):
+            raise InvalidInput("hmq: penalty, temperature_rate and min_temperature (at most 1) must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Temperature and targets by optimizer step (Section 3.3 of the paper)."""
+
+    steps: int
+    target: Target
+    options: HmqOptions
+
+    def cycle(self, step: int) -> int:
+        """Number of the cycle, from 0."""
+        return step * CYCLES // self.steps
+
+    def temperature(self, step: int) -> float:
+        """Temperature: reset at the start of each cycle."""
+        updates = step * CYCLES % self.steps * TEMPERATURE_UPDATES // self.steps
+        return max(math.exp(-self.options.temperature_rate * updates), self.options.min_temperature)
+
+    def weight_rate(self, step: int) -> float:
+        """R_w, rising in equal steps from 4."""
+        return self._rising(self.target.weight_rate, step)
+
+    def activation_rate(self, step: int) -> float:
+        """R_a, rising in equal steps from 4."""
+        return self._rising(self.target.activation_rate, step)
+
+    def _rising(self, final: float, step: int) -> float:
+        first = min(INITIAL_RATE, final)
+        return first + (final - first) * min(self.cycle(step) + 1, RISING_CYCLES) / RISING_CYCLES
+
+
+def hmq(
+    model: QModel,
+    task: Task,
+    budget: Budget,
+    target: Target,
+    options: HmqOptions,
+    *,
+    seed: int,
+    listener: Listener,
+) -> tuple[QModel, Scheme, History]:
+    """Train weights and formats together until the targets are met, and repair what is still missing.
+
+    Raises:
+        InvalidInput: when the budget has too few steps for the schedule.
+    """
+    steps = budget.search_steps
+    if steps < CYCLES * MIN_STEPS_PER_CYCLE:
+        raise InvalidInput(f"search_steps = {steps}: hmq needs at least {CYCLES * MIN_STEPS_PER_CYCLE}")
+    schedule = Schedule(steps=steps, target=target, options=options)
+    limits = max_thresholds_log2(model, task)
+    weights, activations = weight_sites(model), activation_sites(model)
+    sizes = torch.tensor([float(site.size) for site in weights], device=task.x_train.device)
+
+    def bank(sites: list[Any], bits: list[tuple[int, ...]]) -> HMQ:
+        blocks = HMQ([s.signed for s in sites], [limits[s.name] for s in sites], bits)
+        return blocks.to(task.x_train.device)
+
+    def activation_bits(step: int) -> list[tuple[int, ...]]:
+        bits = target.activation_bits(model, schedule.activation_rate(step))
+        return [(bits[site.name],) for site in activations]
+
+    weight_blocks = bank(weights, [target.bits] * len(weights))
+    activation_blocks = bank(activations, activation_bits(0))
+    names = [site.name for site in (*weights, *activations)]
+    logit_rate = options.logit_learning_rate or _logit_learning_rate(weight_blocks, steps)
+    logits = [weight_blocks.logits, activation_blocks.logits]
+    optimizer = torch.optim.RAdam(
+        [
+            {"params": list(model.parameters()), "lr": budget.learning_rate},
+            {"params": logits, "lr": logit_rate},
+        ],
+        betas=BETAS,
+    )
+    recorder = Recorder(listener)
+    noise = torch.Generator(task.x_train.device).manual_seed(seed)
+    every = max(steps // (CYCLES * 25), 1)
+    model.train()
+    for step, (x, y) in enumerate(batches(task, steps, torch.Generator().manual_seed(seed))):
+        if step and schedule.activation_rate(step) != schedule.activation_rate(step - 1):
+            activation_blocks.set_bits(activation_bits(step))
+        temperature, weight_rate = schedule.temperature(step), schedule.weight_rate(step)
+        p = weight_blocks.sample(temperature, noise)
+        grids = [*weight_blocks.grids(p), *activation_blocks.grids(activation_blocks.sample(temperature, noise))]
+        task_loss = task.loss(model(x, dict(zip(names, grids, strict=True))), y)
+        under = p if options.expected_bits == "gumbel" else weight_blocks.probabilities()
+        expected_rate = FLOAT_BITS * sizes.sum() / (weight_blocks.expected_bits(under) * sizes).sum()
+        missed = torch.relu(weight_rate - expected_rate) / weight_rate
+        optimizer.zero_grad()
+        (task_loss + options.penalty * missed.square()).backward()
+        optimizer.step()
+        if step % every == 0 or step == steps - 1:
+            chosen_bits = [f.width for f in weight_blocks.chosen()]
+            recorder(
+                step + 1,
+                steps,
+                {
+                    "loss": finite(task_loss),
+                    "rate_expected": float(expected_rate.detach()),
+                    "rate_actual": rate(chosen_bits, [s.size for s in weights]),
+                    "rate_target": weight_rate,
+                    "temperature": temperature,
+                },
+            )
+    model.eval()
+    formats = dict(zip(names, [*weight_blocks.chosen(), *activation_blocks.chosen()], strict=True))
+    found_by: dict[str, Any] = {"method": "hmq", "logit_learning_rate": logit_rate}
+    formats, repairs = _repair(model, task, target, formats, limits)
+    if repairs:
+        found_by["repaired"] = repairs
+    scheme = scheme_of(model, formats, found_by)
+    model.set_scheme(scheme)
+    return model, scheme, recorder.history
+
+
+def _logit_learning_rate(blocks: HMQ, steps: int) -> float:
+    """A rate at which RAdam closes the initial gap in a third of a cycle: it moves a logit by about its rate a step.
+
+    A much larger one saturates the distribution early and stops the search, a much smaller one never changes an argmax.
+    """
+    gap = float(blocks.logits.detach().max() - blocks.logits.detach().min())
+    return gap / (steps / CYCLES / 3)
+
+
+def _repair(
+    model: QModel, task: Task, target: Target, formats: dict[str, Fixed], limits: dict[str, int]
+) -> tuple[dict[str, Fixed], dict[str, list[int]]]:
+    """Formats that keep the promise on R_w, and `{tensor: [bit-width before, after]}` of those that changed.
+
+    The moves are those of least total cost, where the cost of giving a tensor another bit-width is the measured rise of
+    the loss on training samples when it alone is changed.
+    """
+    sites = weight_sites(model)
+    sizes = [site.size for site in sites]
+    if meets([formats[s.name].width for s in sites], sizes, target.weight_rate):
+        return formats, {}
+    weights = model.weights
+
+    def format_with(site: Any, bits: int) -> Fixed:
+        if formats[site.name].width == bits:
+            return formats[site.name]
+        return least_error_format(
+            weights[site.name], signed=site.signed, bits=bits, max_threshold_log2=limits[site.name]
+        )
+
+    def loss(changed: dict[str, Fixed]) -> float:
+        grids = {name: Grid.of(f) for name, f in {**formats, **changed}.items()}
+        with torch.no_grad():
+            return float(task.loss(model(task.x_train[:SAMPLES], grids), task.y_train[:SAMPLES]))
+
+    before = loss({})
+    costs = np.array([[loss({site.name: format_with(site, bits)}) - before for bits in target.bits] for site in sites])
+    wanted = cheapest_bits(costs, target.bits, sizes, target.weight_rate)
+    repaired = {site.name: format_with(site, bits) for site, bits in zip(sites, wanted, strict=True)}
+    changes = {n: [formats[n].width, f.width] for n, f in repaired.items() if f.width != formats[n].width}
+    return {**formats, **repaired}, changes

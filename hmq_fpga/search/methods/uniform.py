@@ -1,0 +1,66 @@
+"""One bit-width for all weights and one for all activations: what people do by hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from hmq_fpga.ir.cost import FLOAT_BITS
+from hmq_fpga.ir.errors import InvalidInput
+from hmq_fpga.ir.fixed import Fixed
+from hmq_fpga.ir.scheme import Scheme
+from hmq_fpga.search.calibrate import least_error_format, max_thresholds_log2, samples, scheme_of
+from hmq_fpga.search.graph import QModel
+from hmq_fpga.search.target import Target
+from hmq_fpga.search.train import Budget, History, Listener, Task
+
+Rule = Literal["least_error", "maximum"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniformOptions:
+    """Options of `uniform`.
+
+    Attributes:
+        threshold: `least_error`, the power of two of least squared quantization error; `maximum`, the least
+            power of two that clips nothing.
+    """
+
+    threshold: Rule = "least_error"
+
+    def __post_init__(self) -> None:
+        if self.threshold not in get_args(Rule):
+            raise InvalidInput(f"threshold {self.threshold!r}: choose from {', '.join(get_args(Rule))}")
+
+
+def uniform(
+    model: QModel,
+    task: Task,
+    budget: Budget,  # noqa: ARG001
+    target: Target,
+    options: UniformOptions,
+    *,
+    seed: int,  # noqa: ARG001
+    listener: Listener,
+) -> tuple[QModel, Scheme, History]:
+    """The widest single bit-width that meets R_w, and the widest that meets R_a; no training.
+
+    The actual R_w is 32 over a whole number, so it may exceed the target by more than a search's would.
+    """
+    weight_bits = max(b for b in target.bits if b <= FLOAT_BITS / target.weight_rate)
+    activation_bits = min(target.activation_bits(model).values())
+    limits = max_thresholds_log2(model, task)
+    values = samples(model, task)
+    formats = {}
+    for i, site in enumerate(model.sites, 1):
+        bits = weight_bits if site.kind == "weight" else activation_bits
+        if options.threshold == "maximum":
+            formats[site.name] = Fixed.from_threshold(signed=site.signed, bits=bits, threshold_log2=limits[site.name])
+        else:
+            formats[site.name] = least_error_format(
+                values[site.name], signed=site.signed, bits=bits, max_threshold_log2=limits[site.name]
+            )
+        listener(i, len(model.sites), {})
+    scheme = scheme_of(model, formats, {"method": "uniform", "threshold": options.threshold})
+    model.set_scheme(scheme)
+    return model, scheme, {}

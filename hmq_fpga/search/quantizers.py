@@ -1,0 +1,173 @@
+"""Fake quantization, and the HMQ block that searches for its parameters.
+
+Equation numbers are those of Habi, Jennings, Netzer, "HMQ: Hardware Friendly Mixed Precision Quantization
+Block for CNNs" (2020).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hmq_fpga.ir.fixed import Fixed
+
+THRESHOLDS = 9  # candidates per tensor: 2^M … 2^(M-8)
+INITIAL_SHARE = 0.9  # of the pair (largest threshold, largest bit-width) in the initial distribution
+
+
+class Grid(NamedTuple):
+    """A uniform quantizer's step and smallest and largest level: scalars, floats or 0-d tensors."""
+
+    step: Any
+    lo: Any
+    hi: Any
+
+    @classmethod
+    def of(cls, format_: Fixed) -> Grid:
+        """The grid of a fixed-point format."""
+        return cls(format_.step, format_.lo * format_.step, format_.hi * format_.step)
+
+    @classmethod
+    def unbounded(cls, step: float) -> Grid:
+        """All multiples of `step`: rounding without clipping, as for a bias on its accumulator's grid."""
+        return cls(step, -math.inf, math.inf)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """`clip(step * round(x / step), lo, hi)`, with exact derivatives but for the rounding."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
+        ctx.save_for_backward(x, step, lo, hi)
+        return torch.minimum(torch.maximum(torch.round(x / step) * step, lo), hi)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, step, lo, hi = ctx.saved_tensors
+        scaled = x / step
+        rounded = torch.round(scaled)
+        level = rounded * step
+        above, below = level > hi, level < lo
+        inside = grad.masked_fill(above | below, 0)
+        grad_step = grad_lo = grad_hi = None
+        if ctx.needs_input_grad[1]:
+            grad_step = torch.dot(inside.flatten(), rounded.sub_(scaled).flatten())
+        if ctx.needs_input_grad[2]:
+            grad_lo = torch.dot(grad.flatten(), below.to(grad.dtype).flatten())
+        if ctx.needs_input_grad[3]:
+            grad_hi = torch.dot(grad.flatten(), above.to(grad.dtype).flatten())
+        return (inside if ctx.needs_input_grad[0] else None), grad_step, grad_lo, grad_hi
+
+
+class _FrozenQuantize(torch.autograd.Function):
+    """The same with constants: saves one byte per element."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, grid: Grid) -> Tensor:
+        level = torch.round(x / grid.step).mul_(grid.step)
+        clipped = level.clamp(grid.lo, grid.hi)
+        ctx.save_for_backward(level == clipped)
+        return clipped
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (inside,) = ctx.saved_tensors
+        return grad * inside, None
+
+
+def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
+    """Quantize `x` of any shape to `grid` (Eq. 2–3, with the hardware's two's-complement clip).
+
+    Backward: straight-through for the rounding only. Gradient reaches every `x` whose rounded level lies within
+    `lo … hi`, end levels included; with respect to the step it is `round(x / step) - x / step` there, and with
+    respect to `lo` and `hi` it is one where `x` is clipped to them. By `lo = -t`, `hi = t - step` these are the
+    exact derivatives with respect to the step and the threshold `t`.
+    """
+    if isinstance(grid.step, Tensor):
+        return _FakeQuantize.apply(x, *grid)
+    return _FrozenQuantize.apply(x, grid)
+
+
+class HMQ(nn.Module):
+    """The HMQ blocks of several tensors, evaluated in one batch.
+
+    One trainable logit per tensor and pair (threshold, bit-width): `logits` is `(tensors, thresholds, bit-widths)`.
+    The search space of each tensor is `{2^M, …, 2^(M-8)} x B`; all tensors of a bank have equally many candidates.
+
+    Args:
+        signed: per tensor, whether its format is signed.
+        max_threshold_log2: per tensor, M.
+        bits: per tensor, B in ascending order.
+    """
+
+    step_table: Tensor
+    lo_table: Tensor
+    hi_table: Tensor
+    widths: Tensor
+
+    def __init__(
+        self, signed: Sequence[bool], max_threshold_log2: Sequence[int], bits: Sequence[Sequence[int]]
+    ) -> None:
+        super().__init__()
+        self._signed, self._m = tuple(signed), tuple(max_threshold_log2)
+        pairs = THRESHOLDS * len(bits[0])
+        logits = torch.full((len(bits), THRESHOLDS, len(bits[0])), math.log((1 - INITIAL_SHARE) / (pairs - 1)))
+        logits[:, 0, -1] = math.log(INITIAL_SHARE)
+        self.logits = nn.Parameter(logits)
+        self.set_bits(bits)
+
+    def set_bits(self, bits: Sequence[Sequence[int]]) -> None:
+        """Replace B of every tensor, keeping the logits: R_a changes the bit-width of activations (Eq. 11)."""
+        self.candidates = [
+            [
+                [Fixed.from_threshold(signed=s, bits=b, threshold_log2=m - k) for b in tensor_bits]
+                for k in range(THRESHOLDS)
+            ]
+            for s, m, tensor_bits in zip(self._signed, self._m, bits, strict=True)
+        ]
+        like_logits = {"dtype": self.logits.dtype, "device": self.logits.device}
+        grids = torch.tensor([[[Grid.of(f) for f in row] for row in block] for block in self.candidates], **like_logits)
+        for name, table in zip(("step_table", "lo_table", "hi_table"), grids.unbind(-1), strict=True):
+            self.register_buffer(name, table.contiguous(), persistent=False)
+        widths = torch.tensor(bits, **like_logits)
+        self.register_buffer("widths", widths, persistent=False)
+
+    def sample(self, temperature: float, generator: torch.Generator | None = None) -> Tensor:
+        """One draw of the joint distribution over pairs, `(tensors, thresholds, bit-widths)` (Eq. 4)."""
+        log_p = torch.log_softmax(self.logits.flatten(1), dim=1)
+        gumbel = -torch.empty_like(log_p).exponential_(generator=generator).log_()
+        return torch.softmax((log_p + gumbel) / temperature, dim=1).view_as(self.logits)
+
+    def grids(self, p: Tensor) -> list[Grid]:
+        """Expected step and levels of each tensor under `p` (Eq. 5–6).
+
+        `lo` and `hi` are linear in threshold and step, so these are `-t̂` and `t̂ - Δ̂`.
+        """
+        tables = ((p * table).sum((1, 2)).unbind() for table in (self.step_table, self.lo_table, self.hi_table))
+        return [Grid(*values) for values in zip(*tables, strict=True)]
+
+    def expected_bits(self, p: Tensor) -> Tensor:
+        """Expected bit-width of each tensor under `p`, `(tensors,)`."""
+        return (p.sum(1) * self.widths).sum(1)
+
+    def probabilities(self) -> Tensor:
+        """The distribution over pairs without noise, `(tensors, thresholds, bit-widths)`."""
+        return torch.softmax(self.logits.flatten(1), dim=1).view_as(self.logits)
+
+    def chosen(self) -> list[Fixed]:
+        """The format of each tensor's most probable pair: what evaluation and phase two use."""
+        best = self.logits.flatten(1).argmax(1).tolist()
+        n_bits = self.logits.shape[2]
+        return [block[i // n_bits][i % n_bits] for block, i in zip(self.candidates, best, strict=True)]
+
+
+def least_threshold_log2(maximum: float) -> int:
+    """The least M with `2^M >= maximum`; 0 for a tensor that is zero."""
+    if maximum <= 0:
+        return 0
+    mantissa, exponent = math.frexp(maximum)
+    return exponent - (mantissa == 0.5)

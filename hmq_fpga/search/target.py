@@ -1,0 +1,126 @@
+"""The compression asked for, what it allows each tensor, and the promise that it is met."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import LinearConstraint, milp
+
+from hmq_fpga.ir.cost import FLOAT_BITS
+from hmq_fpga.ir.errors import InvalidInput
+from hmq_fpga.search.graph import QModel, Site
+
+OVERSHOOT = 1.1  # the actual weight rate is at most this many times the target, where bit-widths allow it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a search has to reach.
+
+    Attributes:
+        weight_rate: R_w, bits of the float weights over bits of the quantized ones.
+        activation_rate: R_a, bits of the largest float activation over those of the costliest quantized one.
+        bits: B, the bit-widths that a weight may get.
+        max_activation_bits: upper bound on the bit-width of activations and input.
+        min_activation_bits: below this, R_a is refused.
+    """
+
+    weight_rate: float = 8.0
+    activation_rate: float = 4.0
+    bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
+    max_activation_bits: int = 8
+    min_activation_bits: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.bits or list(self.bits) != sorted(set(self.bits)) or not 1 <= self.bits[0] <= self.bits[-1] <= 16:
+            raise InvalidInput(f"bit-widths {list(self.bits)}: give ascending, different numbers from 1 to 16")
+        if not 1 <= self.min_activation_bits <= self.max_activation_bits <= 16:
+            raise InvalidInput(
+                f"activation bit-widths {self.min_activation_bits} … {self.max_activation_bits}: "
+                "give a range within 1 … 16"
+            )
+        lowest, highest = FLOAT_BITS / self.bits[-1], FLOAT_BITS / self.bits[0]
+        if not lowest <= self.weight_rate <= highest:
+            raise InvalidInput(
+                f"R_w = {self.weight_rate:g} cannot be reached with bit-widths {self.bits[0]} … {self.bits[-1]}: "
+                f"choose from {lowest:g} to {highest:g}"
+            )
+        if not self.activation_rate > 0:
+            raise InvalidInput(f"R_a = {self.activation_rate:g} is not positive")
+
+    def check(self, model: QModel) -> None:
+        """Raise `InvalidInput` when R_a leaves a tensor of `model` too few bits, naming it."""
+        self.activation_bits(model)
+
+    def activation_bits(self, model: QModel, activation_rate: float | None = None) -> dict[str, int]:
+        """Bit-width of the input and every activation, by name (Eq. 10-11).
+
+        Args:
+            model: the instrumented network.
+            activation_rate: in place of R_a, for a schedule that approaches it.
+        """
+        rate = activation_rate or self.activation_rate
+        sites = activation_sites(model)
+        largest = max(site.size for site in sites)
+        bits = {}
+        for site in sites:
+            bits[site.name] = min(int(FLOAT_BITS * largest / rate / site.size + 1e-9), self.max_activation_bits)
+            if bits[site.name] < self.min_activation_bits:
+                most = FLOAT_BITS * largest / site.size / self.min_activation_bits
+                raise InvalidInput(
+                    f"R_a = {rate:g} leaves tensor {site.name!r} ({site.size} values) under "
+                    f"{self.min_activation_bits} bit: choose R_a up to {most:g}"
+                )
+        return bits
+
+
+def activation_sites(model: QModel) -> list[Site]:
+    """The input and all activations."""
+    return [site for site in model.sites if site.kind != "weight"]
+
+
+def weight_sites(model: QModel) -> list[Site]:
+    """All weights."""
+    return [site for site in model.sites if site.kind == "weight"]
+
+
+def rate(bits: Sequence[int], sizes: Sequence[int]) -> float:
+    """R_w of weight tensors with these bit-widths and sizes (Eq. 7)."""
+    return FLOAT_BITS * sum(sizes) / sum(b * n for b, n in zip(bits, sizes, strict=True))
+
+
+def meets(bits: Sequence[int], sizes: Sequence[int], weight_rate: float) -> bool:
+    """Whether the actual rate keeps the promise: at least the target, at most `OVERSHOOT` times it."""
+    return weight_rate <= rate(bits, sizes) <= OVERSHOOT * weight_rate
+
+
+def cheapest_bits(costs: np.ndarray, choices: Sequence[int], sizes: Sequence[int], weight_rate: float) -> list[int]:
+    """Bit-widths of least total cost that keep the promise of `meets`.
+
+    A multiple-choice knapsack, solved exactly. Where no choice lies within the overshoot (one tensor holds nearly all
+    weights, say), the one closest above the target.
+
+    Args:
+        costs: `(tensors, choices)`.
+        choices: bit-widths.
+        sizes: elements per tensor.
+        weight_rate: R_w.
+    """
+    n, k = costs.shape
+    bits = (np.outer(sizes, choices) / sum(sizes)).ravel()  # mean bits per weight that each choice contributes
+    one_each = LinearConstraint(np.kron(np.eye(n), np.ones(k)), 1, 1)
+    most = FLOAT_BITS / weight_rate
+
+    def solve(objective: np.ndarray, least: float) -> np.ndarray | None:
+        slack = 1e-9
+        within = LinearConstraint(bits, least - slack, most + slack)
+        return milp(objective, constraints=[one_each, within], integrality=np.ones(n * k), bounds=(0, 1)).x
+
+    x = solve(costs.ravel(), most / OVERSHOOT)
+    if x is None:
+        x = solve(-bits, 0)
+    if x is None:
+        raise AssertionError("Target checks that the smallest bit-width reaches the rate")
+    return [choices[i] for i in x.reshape(n, k).argmax(1)]

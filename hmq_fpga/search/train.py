@@ -1,0 +1,161 @@
+"""Training: the task, one loop, and the fine-tuning with frozen formats that every method shares."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hmq_fpga.search.graph import QModel
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+History = dict[str, list[float]]
+BETAS = (0.9, 0.999)  # of RAdam, as in the paper
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What to learn. Choices are made on training and validation data; a test split has no place here.
+
+    Attributes:
+        x_train, y_train: inputs `(n, *sample shape)`, channels first, and targets `(n, …)`.
+        x_val, y_val: validation split.
+        loss: mean loss of a batch of outputs and targets.
+        batch_size: samples per optimizer step.
+    """
+
+    x_train: Tensor
+    y_train: Tensor
+    x_val: Tensor
+    y_val: Tensor
+    loss: Loss = F.cross_entropy
+    batch_size: int = 64
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one sample, channels first."""
+        return tuple(self.x_train.shape[1:])
+
+    @property
+    def input_signed(self) -> bool:
+        """Whether training inputs can be negative."""
+        return bool(self.x_train.min() < 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Optimizer steps of each phase.
+
+    Attributes:
+        float_steps: training of the float baseline.
+        search_steps: HMQ's phase one.
+        finetune_steps: phase two, weights only.
+        float_learning_rate: of the float baseline.
+        learning_rate: of the weights in both phases.
+    """
+
+    float_steps: int = 3000
+    search_steps: int = 1500
+    finetune_steps: int = 1500
+    float_learning_rate: float = 1e-2
+    learning_rate: float = 2e-3
+
+
+class Listener(Protocol):
+    """Hears of training: called now and then, and after the last step."""
+
+    def __call__(self, step: int, steps: int, values: dict[str, float]) -> None:
+        """Take the figures after `step` of `steps`."""
+
+
+def ignore(step: int, steps: int, values: dict[str, float]) -> None:
+    """Do nothing with the news."""
+
+
+@dataclass
+class Recorder:
+    """Collects figures into a history, passing them on."""
+
+    listener: Listener = ignore
+    history: History = field(default_factory=dict)
+
+    def __call__(self, step: int, steps: int, values: dict[str, float]) -> None:
+        """Append `values` and `step`."""
+        for key, value in {"step": step, **values}.items():
+            self.history.setdefault(key, []).append(value)
+        self.listener(step, steps, values)
+
+
+def batches(task: Task, steps: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """`steps` training batches, reshuffled each epoch; a last short batch is left out."""
+    n, size = len(task.x_train), min(task.batch_size, len(task.x_train))
+    done = 0
+    while done < steps:
+        order = torch.randperm(n, generator=generator).to(task.x_train.device)
+        for start in range(0, min(n - size + 1, (steps - done) * size), size):
+            index = order[start : start + size]
+            yield task.x_train[index], task.y_train[index]
+            done += 1
+
+
+@torch.no_grad()
+def evaluate(model: Callable[[Tensor], Tensor], task: Task) -> dict[str, float]:
+    """Loss on the validation split, and accuracy where targets are classes."""
+    outputs = torch.cat([model(batch) for batch in task.x_val.split(1024)])
+    values = {"val_loss": float(task.loss(outputs, task.y_val))}
+    if not task.y_val.is_floating_point():
+        values["val_accuracy"] = float((outputs.argmax(1) == task.y_val).double().mean())
+    return values
+
+
+def fit(
+    model: nn.Module, task: Task, *, steps: int, learning_rate: float, seed: int, listener: Listener = ignore
+) -> History:
+    """Train all parameters with RAdam and a cosine schedule from `learning_rate` to zero; keep the last state.
+
+    Raises:
+        FloatingPointError: when the loss is no longer finite.
+    """
+    optimizer = torch.optim.RAdam(model.parameters(), lr=learning_rate, betas=BETAS)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    recorder = Recorder(listener)
+    every = max(steps // 50, 1)
+    model.train()
+    for step, (x, y) in enumerate(batches(task, steps, torch.Generator().manual_seed(seed)), 1):
+        loss = task.loss(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % every == 0 or step == steps:
+            model.eval()
+            recorder(step, steps, {"loss": finite(loss), **evaluate(model, task)})
+            model.train()
+    model.eval()
+    return recorder.history
+
+
+def finetune(
+    model: QModel, task: Task, *, steps: int, learning_rate: float, seed: int, listener: Listener = ignore
+) -> History:
+    """Train weights and biases of a model whose scheme is set, in place (the paper's phase two)."""
+    if not model.formats:
+        raise AssertionError("finetune() needs a scheme")
+    return fit(model, task, steps=steps, learning_rate=learning_rate, seed=seed, listener=listener)
+
+
+def finite(loss: Tensor) -> float:
+    """The value of a loss.
+
+    Raises:
+        FloatingPointError: when it is NaN or infinite.
+    """
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise FloatingPointError(f"training loss became {value}; lower the learning rate or check the data")
+    return value

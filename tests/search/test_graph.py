@@ -1,0 +1,202 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from hmq_fpga.ir import network, reference
+from hmq_fpga.ir.errors import InvalidInput, UnsupportedLayer
+from hmq_fpga.ir.fixed import Fixed
+from hmq_fpga.search.calibrate import scheme_of
+from hmq_fpga.search.graph import freeze, instrument, run_codes
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(2, 3, 3, padding="same")
+        self.norm = nn.BatchNorm2d(3)
+        self.conv2 = nn.Conv2d(3, 4, 2, bias=False)
+        self.relu = nn.ReLU()
+        self.head = nn.Linear(4 * 2 * 2, 5)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.norm(self.conv1(x))), 2)
+        x = self.relu(self.conv2(x))
+        return self.head(torch.flatten(F.dropout(x, training=self.training), 1)).relu()
+
+
+MODELS = {
+    "mlp": (lambda: nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)), (6,)),
+    "linear after linear": (lambda: nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4, bias=False)), (6,)),
+    "folded": (
+        lambda: nn.Sequential(
+            nn.Linear(6, 5, bias=False), nn.BatchNorm1d(5), nn.Identity(), nn.ReLU(), nn.Linear(5, 4)
+        ),
+        (6,),
+    ),
+    "relu of the input": (lambda: nn.Sequential(nn.ReLU(), nn.Linear(6, 5)), (6,)),
+    "strided, odd padding, pool before relu": (
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 3, (3, 2), stride=2, padding=(1, 0)),
+            nn.BatchNorm2d(3),
+            nn.MaxPool2d((2, 1)),
+            nn.ReLU(),
+            nn.Conv2d(3, 2, 2, padding="same"),
+            nn.Flatten(),
+            nn.Linear(12, 4),
+        ),
+        (1, 7, 6),
+    ),
+    "image output": (lambda: nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU()), (2, 5, 4)),
+    "functional": (Functional, (2, 6, 6)),
+}
+
+
+def randomly_formatted(model, seed, bits):
+    rng = np.random.default_rng(seed)
+    formats = {
+        s.name: Fixed.from_threshold(
+            signed=s.signed, bits=int(rng.integers(*bits, endpoint=True)), threshold_log2=int(rng.integers(-3, 3))
+        )
+        for s in model.sites
+    }
+    model.set_scheme(scheme_of(model, formats, {}))
+    return model
+
+
+def channels_last(x):
+    return x.movedim(1, -1).numpy()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@settings(deadline=None, max_examples=10)
+@given(
+    seed=st.integers(0, 2**31), low=st.integers(1, 3), high=st.integers(4, 12), scale=st.sampled_from([0.1, 1.0, 8.0])
+)
+def test_evaluation_is_the_reference(name, seed, low, high, scale):
+    build, shape = MODELS[name]
+    torch.manual_seed(seed)
+    model = build()
+    model(torch.randn(16, *shape))  # gives BatchNorm statistics
+    quantized = randomly_formatted(instrument(model, shape), seed, (low, high))
+    net = freeze(quantized)
+    x = torch.randn(20, *shape) * scale
+    np.testing.assert_array_equal(run_codes(quantized, x, net.output_format), reference.run(net, channels_last(x)))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_float_model_is_unchanged(name):
+    build, shape = MODELS[name]
+    torch.manual_seed(0)
+    model = build()
+    model(torch.randn(16, *shape))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    x = torch.randn(20, *shape)
+    expected = model.eval()(x)
+    torch.testing.assert_close(instrument(model, shape)(x), expected, atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_sites_and_notes_name_the_users_layers():
+    model = instrument(Functional(), (2, 6, 6), input_signed=False)
+    assert [(s.name, s.kind, s.size, s.signed) for s in model.sites] == [
+        ("input", "input", 72, False),
+        ("conv1.weight", "weight", 54, True),
+        ("relu", "activation", 108, False),
+        ("conv2.weight", "weight", 48, True),
+        ("relu_1", "activation", 16, False),
+        ("head.weight", "weight", 80, True),
+        ("relu_2", "activation", 5, False),
+    ]
+    assert model.notes == ("norm folded into conv1", "dropout removed: it does nothing in evaluation")
+
+
+def test_one_quantizer_serves_all_readers_of_an_accumulator():
+    net = freeze(randomly_formatted(instrument(MODELS["linear after linear"][0](), (6,)), 0, (4, 4)))
+    assert [type(op).__name__ for op in net.ops] == ["Input", "Dense", "Quantize", "Dense"]
+
+
+class TwoInputs(nn.Module):
+    def forward(self, x, y):
+        return x + y
+
+
+class Control(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.fc(self.fc(x))
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "message"),
+    [
+        (nn.Sequential(nn.Linear(4, 4), nn.Tanh()), (4,), r"'1' \(Tanh\) is not supported; supported are .*Linear"),
+        (nn.Sequential(nn.Conv2d(2, 2, 1, groups=2)), (2, 3, 3), r"'0' \(Conv2d\).*groups=1"),
+        (nn.Sequential(nn.MaxPool2d(2, ceil_mode=True), nn.Flatten(), nn.Linear(4, 2)), (1, 4, 4), "ceil_mode=False"),
+        (nn.Sequential(nn.Flatten(0), nn.Linear(4, 2)), (4,), "start_dim=1"),
+        (nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2)), (4,), r"'0' \(BatchNorm1d\) can only be folded"),
+        (nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2, track_running_stats=False)), (4,), "track_running_stats"),
+        (nn.Sequential(nn.Linear(4, 2)), (3,), r"input of shape \(3,\)"),
+        (nn.Sequential(nn.Linear(4, 2)), (5, 4), "flatten first"),
+        (nn.Sequential(nn.ReLU()), (4,), "no Linear or Conv2d"),
+        (TwoInputs(), (4,), "more than one input|cannot be traced|not accept"),
+        (Control(), (4,), "torch.fx cannot trace Control"),
+        (Shared(), (4,), "'fc' is used more than once"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else None,
+)
+def test_unsupported_is_named(model, shape, message):
+    with pytest.raises(InvalidInput, match=message) as caught:
+        instrument(model, shape)
+    assert "\n" not in str(caught.value)
+
+
+def test_unsupported_layer_is_a_type_error():
+    with pytest.raises(UnsupportedLayer):
+        instrument(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), (4,))
+
+
+def test_nan_in_weights_is_refused():
+    model = nn.Sequential(nn.Linear(4, 2))
+    model[0].weight.data[0, 0] = float("nan")
+    with pytest.raises(InvalidInput, match=r"0\.weight holds NaN"):
+        instrument(model, (4,))
+
+
+def test_flattened_image_as_output_is_refused():
+    model = randomly_formatted(instrument(nn.Sequential(nn.Conv2d(1, 2, 2), nn.Flatten()), (1, 4, 4)), 0, (4, 4))
+    with pytest.raises(UnsupportedLayer, match="flattened image"):
+        freeze(model)
+
+
+def test_freeze_and_scheme_need_each_other():
+    model = instrument(nn.Sequential(nn.Linear(4, 2)), (4,))
+    with pytest.raises(InvalidInput, match="no scheme"):
+        freeze(model)
+    other = instrument(nn.Sequential(nn.Linear(4, 2), nn.ReLU()), (4,))
+    formats = {s.name: Fixed(True, 4, 2) for s in other.sites}
+    with pytest.raises(InvalidInput, match="relu_1"):
+        model.set_scheme(scheme_of(other, formats, {}))
+
+
+def test_bias_is_on_the_accumulators_grid():
+    model = randomly_formatted(instrument(nn.Sequential(nn.Linear(4, 3)), (4,)), 0, (3, 3))
+    layer = model.layers[0]
+    net = freeze(model)
+    op = net["linear_0"]
+    assert isinstance(op, network.Dense)
+    frac = net.input.format.frac + op.weight_format.frac
+    np.testing.assert_array_equal(op.bias, np.rint(layer.bias.detach().double().numpy() * 2.0**frac).astype(np.int64))

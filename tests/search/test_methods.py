@@ -1,0 +1,154 @@
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from hmq_fpga.ir import cost, reference
+from hmq_fpga.ir.errors import InvalidInput
+from hmq_fpga.search.calibrate import max_thresholds_log2
+from hmq_fpga.search.graph import freeze, instrument, run_codes
+from hmq_fpga.search.methods import METHODS, search
+from hmq_fpga.search.methods.hmq import HmqOptions, Schedule
+from hmq_fpga.search.target import Target, cheapest_bits, meets
+from hmq_fpga.search.train import Budget, Recorder, evaluate, finetune, fit
+
+
+def instrumented(mlp, digits):
+    return instrument(mlp, digits.input_shape, input_signed=digits.input_signed)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("rate", [4, 8, 16])
+def test_every_method_keeps_its_promise_and_stays_exact(method, rate, mlp, digits, budget):
+    model, scheme, _ = search(instrumented(mlp, digits), digits, budget, Target(weight_rate=rate), method=method)
+    assert rate <= cost.weight_rate(scheme) <= 1.1 * rate
+    assert cost.activation_rate(scheme) >= 4
+    assert scheme.found_by["method"] == method
+    finetune(model, digits, steps=budget.finetune_steps, learning_rate=2e-3, seed=0)
+    assert {name: scheme[name].format for name in scheme} == dict(model.formats)
+    net = freeze(model)
+    x = digits.x_val * 8
+    np.testing.assert_array_equal(run_codes(model, x, net.output_format), reference.run(net, x.numpy()))
+    if rate <= 8:
+        assert evaluate(model, digits)["val_accuracy"] > 0.85
+
+
+@pytest.mark.parametrize("rate", [5, 6.5, 10, 12, 15.5])
+def test_hmq_rates_between_the_uniform_ones(rate, mlp, digits):
+    short = Budget(search_steps=150)
+    _, scheme, history = search(instrumented(mlp, digits), digits, short, Target(weight_rate=rate))
+    assert rate <= cost.weight_rate(scheme) <= 1.1 * rate
+    assert history["step"][-1] == 150
+    assert all(len(values) == len(history["step"]) for values in history.values())
+
+
+def test_search_is_reproducible_and_depends_on_the_seed(mlp, digits):
+    short = Budget(search_steps=150)
+
+    def weights(seed):
+        return search(instrumented(mlp, digits), digits, short, Target(), seed=seed)[0].layers[0].weight
+
+    assert torch.equal(weights(0), weights(0))
+    assert not torch.equal(weights(0), weights(1))
+
+
+def test_schedule_is_the_papers():
+    schedule = Schedule(steps=600, target=Target(weight_rate=12, activation_rate=8), options=HmqOptions())
+    assert [schedule.weight_rate(100 * c) for c in range(6)] == [6, 8, 10, 12, 12, 12]
+    assert [schedule.activation_rate(100 * c) for c in range(6)] == [5, 6, 7, 8, 8, 8]
+    for start in range(0, 600, 100):
+        assert schedule.temperature(start) == 1.0
+        assert schedule.temperature(start + 40) == pytest.approx(math.exp(-1e-2 * 50))
+        assert schedule.temperature(start + 99) == 0.5
+
+
+def test_thresholds_cover_the_training_set(mlp, digits):
+    model = instrumented(mlp, digits)
+    limits = max_thresholds_log2(model, digits)
+    assert limits["input"] == 0  # digits reach 1.0 exactly
+    for name, weight in model.weights.items():
+        assert 2.0 ** (limits[name] - 1) < weight.abs().max() <= 2.0 ** limits[name]
+
+
+def test_activation_bits_follow_eq_11(mlp, digits):
+    model = instrumented(mlp, digits)  # input 64, activations 32 and 16
+    assert set(Target(activation_rate=4).activation_bits(model).values()) == {8}
+    assert list(Target(activation_rate=16).activation_bits(model).values()) == [2, 4, 8]
+    assert list(Target(activation_rate=16, max_activation_bits=3).activation_bits(model).values()) == [2, 3, 3]
+    with pytest.raises(InvalidInput, match=r"R_a = 40 leaves tensor 'input' \(64 values\) under 1 bit.*up to 32"):
+        Target(activation_rate=40).check(model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight_rate": 3.9}, "R_w = 3.9 cannot be reached with bit-widths 2 … 8: choose from 4 to 16"),
+        ({"weight_rate": 17}, "choose from 4 to 16"),
+        ({"weight_rate": float("nan")}, "cannot be reached"),
+        ({"activation_rate": -1}, "not positive"),
+        ({"bits": (4, 2)}, "ascending"),
+        ({"bits": ()}, "ascending"),
+        ({"max_activation_bits": 0}, "within 1 … 16"),
+    ],
+)
+def test_unreachable_targets(settings, message):
+    with pytest.raises(InvalidInput, match=message):
+        Target(**settings)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("annealing", {}, "unknown method 'annealing'; there are hmq, uniform"),
+        ("hmq", {"penatly": 1}, "no option 'penatly'; it has penalty"),
+        ("hmq", {"expected_bits": "x"}, "gumbel, softmax"),
+        ("uniform", {"threshold": "x"}, "least_error, maximum"),
+    ],
+)
+def test_bad_options(method, options, message, mlp, digits, budget):
+    with pytest.raises(InvalidInput, match=message):
+        search(instrumented(mlp, digits), digits, budget, Target(), method=method, options=options)
+
+
+def test_too_short_a_search_is_refused(mlp, digits):
+    with pytest.raises(InvalidInput, match="search_steps = 100: hmq needs at least 150"):
+        search(instrumented(mlp, digits), digits, Budget(search_steps=100), Target())
+
+
+def test_repair_is_recorded(mlp, digits):
+    """Logits that cannot move leave all weights at 8 bits; the promise is kept all the same."""
+    options = {"logit_learning_rate": 1e-9}
+    _, scheme, _ = search(
+        instrumented(mlp, digits), digits, Budget(search_steps=150), Target(weight_rate=12), options=options
+    )
+    assert 12 <= cost.weight_rate(scheme) <= 13.2
+    repaired = scheme.found_by["repaired"]
+    assert repaired
+    assert all(before == 8 and scheme[name].format.width == after for name, (before, after) in repaired.items())
+
+
+def test_repair_takes_the_cheapest_moves():
+    choices, sizes = (2, 4, 8), (100, 100, 100)
+    costs = np.array([[0.9, 0.5, 0.0], [0.1, 0.05, 0.0], [0.2, 0.01, 0.0]])
+    assert cheapest_bits(costs, choices, sizes, 6) == [8, 4, 4]  # mean 5.33 bits allowed, at least 4.85
+    lone = cheapest_bits(np.zeros((1, 3)), choices, (100,), 9)
+    assert lone == [2]  # only 4, 8 and 16 can be had: the closest above the target
+    assert not meets(lone, (100,), 9)
+
+
+def test_divergence_is_an_error(mlp, digits):
+    model = copy.deepcopy(mlp)
+    with pytest.raises(FloatingPointError, match="loss became"):
+        fit(model, digits, steps=50, learning_rate=1e25, seed=0)
+
+
+def test_listener_hears_what_is_recorded(mlp, digits):
+    heard = []
+    history = fit(
+        copy.deepcopy(mlp), digits, steps=60, learning_rate=1e-3, seed=0, listener=lambda *news: heard.append(news)
+    )
+    assert [step for step, _, _ in heard] == history["step"]
+    assert heard[-1][:2] == (60, 60)
+    assert set(Recorder().history) == set()

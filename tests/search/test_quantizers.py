@@ -1,0 +1,119 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from hmq_fpga.ir.fixed import Fixed
+from hmq_fpga.search.calibrate import least_error_format
+from hmq_fpga.search.quantizers import HMQ, Grid, fake_quantize, least_threshold_log2
+
+FORMATS = [
+    Fixed.from_threshold(signed=signed, bits=bits, threshold_log2=m)
+    for signed in (True, False)
+    for bits in (1, 2, 3, 8)
+    for m in (-6, 0, 5)
+]
+
+
+def grid_of(step: torch.Tensor, threshold: torch.Tensor, signed: bool) -> Grid:
+    return Grid(step, -threshold if signed else torch.zeros_like(threshold), threshold - step)
+
+
+@pytest.mark.parametrize("format_", FORMATS, ids=str)
+def test_fake_quantize_is_the_format(format_):
+    x = np.random.default_rng(0).normal(size=1000) * 2.0 ** (format_.threshold_log2 + 1)
+    ties = (np.arange(-20, 20) + 0.5) * format_.step
+    x = np.concatenate([x, ties]).astype(np.float32)
+    expected = format_.decode(format_.encode(x))
+    frozen = Grid.of(format_)
+    trained = Grid(*(torch.tensor(v) for v in frozen))
+    for grid in (frozen, trained):
+        np.testing.assert_array_equal(fake_quantize(torch.from_numpy(x), grid).numpy(), expected)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_gradients_of_step_and_threshold(signed):
+    """Against central differences of the quantizer with its rounding residue held: what straight-through means."""
+    x = (torch.randn(500, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 1.5).requires_grad_()
+    step, threshold = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.23, 1.1))
+    upstream = torch.randn(500, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    (fake_quantize(x, grid_of(step, threshold, signed)) * upstream).sum().backward()
+
+    scaled = (x / step).detach()
+    residue, level = torch.round(scaled) - scaled, (torch.round(scaled) * step).detach()
+    above, below = level > 1.1 - 0.23, level < (-1.1 if signed else 0.0)
+
+    def surrogate(step_: float, threshold_: float) -> float:
+        values = x.detach() + residue * step_
+        values[above], values[below] = threshold_ - step_, -threshold_ if signed else 0.0
+        return float((values * upstream).sum())
+
+    h = 1e-7
+    by_step = (surrogate(0.23 + h, 1.1) - surrogate(0.23 - h, 1.1)) / (2 * h)
+    by_threshold = (surrogate(0.23, 1.1 + h) - surrogate(0.23, 1.1 - h)) / (2 * h)
+    assert float(step.grad) == pytest.approx(by_step, abs=1e-5)
+    assert float(threshold.grad) == pytest.approx(by_threshold, abs=1e-5)
+
+
+def test_gradient_passes_at_the_end_levels_and_stops_beyond():
+    format_ = Fixed.from_threshold(signed=True, bits=2, threshold_log2=0)  # levels -1, -0.5, 0, 0.5
+    x = torch.tensor([-2.0, -1.2, -1.0, 0.1, 0.5, 0.7, 0.8, 3.0], requires_grad=True)
+    for grid in (Grid.of(format_), Grid(*(torch.tensor(v) for v in Grid.of(format_)))):
+        (gradient,) = torch.autograd.grad(fake_quantize(x, grid).sum(), x)
+        assert gradient.tolist() == [0, 1, 1, 1, 1, 1, 0, 0]
+
+
+def test_cold_limit_is_one_format():
+    """As the temperature falls, expected step and threshold become those of one pair, and so does the quantizer."""
+    blocks = HMQ([True, False], [1, 3], [(2, 3, 8), (2, 3, 8)])
+    p = blocks.sample(1e-4, torch.Generator().manual_seed(0))
+    x = torch.linspace(-12, 12, 1001)
+    for i, grid in enumerate(blocks.grids(p)):
+        k, b = divmod(int(p[i].argmax()), 3)
+        format_ = blocks.candidates[i][k][b]
+        torch.testing.assert_close(fake_quantize(x, grid), fake_quantize(x, Grid.of(format_)))
+
+
+def test_expected_grid_is_the_papers():
+    """Eq. 5-6: the clip is [-t, t - step] of the expected threshold and step."""
+    blocks = HMQ([True], [2], [(2, 4, 8)])
+    p = blocks.sample(1.0, torch.Generator().manual_seed(3))
+    (grid,) = blocks.grids(p)
+    thresholds = torch.tensor([2.0 ** (2 - k) for k in range(9)])
+    steps = torch.tensor([[2.0 ** (2 - k + 1 - b) for b in (2, 4, 8)] for k in range(9)])
+    expected_threshold, expected_step = (p[0].sum(1) * thresholds).sum(), (p[0] * steps).sum()
+    torch.testing.assert_close(grid.step, expected_step)
+    torch.testing.assert_close(grid.lo, -expected_threshold)
+    torch.testing.assert_close(grid.hi, expected_threshold - expected_step)
+
+
+def test_joint_distribution():
+    blocks = HMQ([True] * 2, [0, 0], [(2, 3, 4, 5, 6, 7, 8)] * 2)
+    start = blocks.probabilities()
+    assert start[0, 0, -1].item() == pytest.approx(0.9)
+    assert start.sum((1, 2)).tolist() == pytest.approx([1, 1])
+    assert blocks.chosen()[0] == Fixed.from_threshold(signed=True, bits=8, threshold_log2=0)
+    draws = torch.stack([blocks.sample(1.0, torch.Generator().manual_seed(i)) for i in range(400)])
+    assert draws.sum((2, 3)).flatten().tolist() == pytest.approx([1.0] * 800, abs=1e-5)
+    hits = (draws[:, 0].flatten(1).argmax(1) == 6).double().mean()  # the Gumbel-max trick samples from P
+    assert abs(hits - 0.9) < 4 * math.sqrt(0.9 * 0.1 / 400)
+
+
+def test_gradient_reaches_every_logit():
+    blocks = HMQ([True, False], [0, 0], [(1, 2, 8)] * 2)
+    x = torch.randn(200, generator=torch.Generator().manual_seed(0))
+    grids = blocks.grids(blocks.sample(1.0, torch.Generator().manual_seed(0)))
+    sum(((fake_quantize(x, grid) - x) ** 2).sum() for grid in grids).backward()
+    assert (blocks.logits.grad != 0).all()
+
+
+def test_least_threshold():
+    assert [least_threshold_log2(v) for v in (0.0, 1.0, 1.0001, 0.25, 0.26, 6.0)] == [0, 0, 1, -2, -1, 3]
+
+
+def test_least_error_format_beats_its_neighbours():
+    x = torch.randn(4000, generator=torch.Generator().manual_seed(0)) * 0.1
+    best = least_error_format(x, signed=True, bits=3, max_threshold_log2=0)
+    errors = {m: ((fake_quantize(x, Grid.of(Fixed(True, 3, 2 - m))) - x) ** 2).sum() for m in range(-8, 1)}
+    assert best.threshold_log2 == min(errors, key=errors.get)
