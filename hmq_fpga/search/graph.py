@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from hmq_fpga.ir import network
@@ -327,12 +326,22 @@ def instrument(model: nn.Module, input_shape: tuple[int, ...], *, input_signed: 
         reason = str(error).splitlines()[0] if str(error) else repr(error)
         raise InvalidInput(f"model: torch.fx cannot trace {type(model).__name__}: {reason}") from error
     try:
-        ShapeProp(traced).propagate(torch.zeros(2, *input_shape))
+        _Shapes(traced, garbage_collect_values=False).run(torch.zeros(2, *input_shape))
     except (RuntimeError, ValueError, TypeError) as error:
         raise InvalidInput(
             f"model: does not accept an input of shape {input_shape}: {str(error).splitlines()[0]}"
         ) from error
     return _Builder(traced, input_shape, input_signed).build()
+
+
+class _Shapes(fx.Interpreter):
+    """Runs the traced graph, noting the shape of every result for one sample."""
+
+    def run_node(self, node: fx.Node) -> Any:
+        result = super().run_node(node)
+        if isinstance(result, Tensor):
+            node.meta["shape"] = tuple(result.shape[1:])
+        return result
 
 
 class _Builder:
@@ -377,7 +386,7 @@ class _Builder:
         if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
             return self._fold(node, path, layer, source)
         name = self._name(node, layer)
-        shape = tuple(node.meta["tensor_meta"].shape[1:])
+        shape = node.meta["shape"]
         if isinstance(layer, LINEAR_LAYERS):
             if any(other is layer for other in self._layers.values()):
                 raise UnsupportedLayer(f"model: layer {path!r} is used more than once; give each use its own layer")

@@ -146,7 +146,7 @@ class Shared(nn.Module):
         (nn.Sequential(nn.Linear(4, 4), nn.Tanh()), (4,), r"'1' \(Tanh\) is not supported; supported are .*Linear"),
         (nn.Sequential(nn.Conv2d(2, 2, 1, groups=2)), (2, 3, 3), r"'0' \(Conv2d\).*groups=1"),
         (nn.Sequential(nn.MaxPool2d(2, ceil_mode=True), nn.Flatten(), nn.Linear(4, 2)), (1, 4, 4), "ceil_mode=False"),
-        (nn.Sequential(nn.Flatten(0), nn.Linear(4, 2)), (4,), "start_dim=1"),
+        (nn.Sequential(nn.Flatten(2), nn.Linear(4, 2)), (1, 2, 2), "start_dim=1"),
         (nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2)), (4,), r"'0' \(BatchNorm1d\) can only be folded"),
         (nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2, track_running_stats=False)), (4,), "track_running_stats"),
         (nn.Sequential(nn.Linear(4, 2)), (3,), r"input of shape \(3,\)"),
@@ -158,10 +158,11 @@ class Shared(nn.Module):
     ],
     ids=lambda v: v if isinstance(v, str) else None,
 )
-def test_unsupported_is_named(model, shape, message):
+def test_unsupported_is_named(model, shape, message, capfd):
     with pytest.raises(InvalidInput, match=message) as caught:
         instrument(model, shape)
     assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_unsupported_layer_is_a_type_error():
