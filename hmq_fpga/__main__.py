@@ -1,0 +1,5 @@
+"""`python -m hmq_fpga` is `hmq-fpga`."""
+
+from hmq_fpga.cli import main
+
+main()

@@ -1,0 +1,155 @@
+"""The command line: one function per verb.
+
+Exit codes: 0 success, 1 the result falls short, 2 bad input or a missing tool (one line: what, where, the remedy).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hmq_fpga.ir.errors import InvalidInput
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="hmq-fpga")
+def app() -> None:
+    """From a PyTorch model to a bit-exact hls4ml project."""
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+folder = click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+backend = click.option("--backend", type=click.Choice(["Vitis", "Vivado"]), help="hls4ml backend [Vitis].")
+io_type = click.option("--io-type", type=click.Choice(["io_parallel", "io_stream"]), help="Style of the project.")
+
+
+@app.command(epilog="Example: hmq-fpga run digits_mlp --rw 8")
+@click.argument("what", metavar="TASK|CONFIG.yaml|FILE.py:FUNCTION")
+@click.option("--rw", type=float, help="Target weight compression rate R_w [8].")
+@click.option("--ra", type=float, help="Target activation memory rate R_a [4].")
+@click.option("--max-act-bits", type=int, help="Upper bound on the bit-width of activations [8].")
+@click.option("--method", help="Search method: hmq or uniform [hmq].")
+@click.option("--seed", type=int, help="Seed of everything random [0].")
+@click.option("--data", type=click.Path(path_type=Path), help="An .npz file, or a folder of such files.")
+@backend
+@io_type
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the run.")
+@as_json
+def run(what: str, as_json: bool, **given: Any) -> int:
+    """Do everything: float baseline, search, fine-tuning, QNet, QKeras, hls4ml project, parity, report.
+
+    An interrupted run goes on where it stopped; what is done and unchanged is not repeated.
+    """
+    from hmq_fpga.study.monitor import Bars, summary
+    from hmq_fpga.study.run import load_config, make_config
+    from hmq_fpga.study.run import run as run_all
+
+    settings = {key: value for key, value in given.items() if value is not None}
+    is_file = what.endswith((".yaml", ".yml"))
+    config = load_config(Path(what), settings) if is_file else make_config({"task": what, **settings})
+    with Bars(config.folder / "tensorboard") as bars:
+        record = run_all(config, bars)
+    _print(record, as_json, lambda: summary(config.folder, record))
+    return 0 if record["metrics"]["parity_passed"] else 1
+
+
+@app.command(epilog="Example: hmq-fpga convert hls_projects/digits_mlp/hmq-rw8-seed0 --out my_project")
+@click.argument("source", metavar="QNET|RUN", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder to write: new or empty.")
+@backend
+@io_type
+@as_json
+def convert(source: Path, out: Path, as_json: bool, **given: Any) -> int:
+    """Write the QKeras model and the hls4ml project of a QNet; needs no torch."""
+    from hmq_fpga.deploy.convert import convert_folder
+
+    net = convert_folder(source, out, **{key: value for key, value in given.items() if value is not None})
+    result = {"out": str(out), "qnet_digest": net.digest}
+    _print(result, as_json, lambda: f"wrote {out / 'qkeras'} and {out / 'hls'}")
+    return 0
+
+
+@app.command(epilog="Example: hmq-fpga csim hls_projects/digits_mlp/hmq-rw8-seed0 --data mine.npz")
+@folder
+@click.option("--data", type=click.Path(path_type=Path), help="Compare on x_test of this .npz, not on the run's data.")
+@as_json
+def csim(folder: Path, data: Path | None, as_json: bool) -> int:
+    """Compile a run's project again and compare it with the golden model, value for value."""
+    from hmq_fpga.study.monitor import verdict
+    from hmq_fpga.study.run import compare_again
+
+    parity = compare_again(folder, data)
+    _print(parity.to_json(), as_json, lambda: verdict(parity.to_json()))
+    return 0 if parity.passed else 1
+
+
+@app.command(epilog="Example: hmq-fpga report hls_projects/digits_mlp/hmq-rw8-seed0")
+@folder
+def report(folder: Path) -> int:
+    """Rebuild the report page of a run from its stored JSON."""
+    from hmq_fpga.study.page import write_page
+    from hmq_fpga.study.stages import read_record
+
+    read_record(folder)
+    write_page(folder)
+    _print(None, False, lambda: f"wrote {folder / 'report.html'}")
+    return 0
+
+
+@app.command(epilog="Example: hmq-fpga tasks --json")
+@as_json
+def tasks(as_json: bool) -> int:
+    """List what can be run."""
+    from hmq_fpga.study.monitor import table
+    from hmq_fpga.study.tasks import TASKS
+
+    listing = {name: task.summary for name, task in TASKS.items()}
+    _print(listing, as_json, lambda: table(("task", "what it is"), listing.items()))
+    return 0
+
+
+@app.command(epilog="Example: hmq-fpga doctor")
+@as_json
+def doctor(as_json: bool) -> int:
+    """Say what is installed, what each missing tool would enable and how to get it."""
+    from hmq_fpga.deploy.doctor import examine
+    from hmq_fpga.study.monitor import table
+
+    findings = examine()
+    rows = [(f.name, f.found or "missing", f.purpose, "" if f.found else f.remedy) for f in findings]
+    header = ("tool", "found", "needed to", "how to get it")
+    _print([f.to_json() for f in findings], as_json, lambda: table(header, rows))
+    return 0
+
+
+def _print(result: Mapping[str, Any] | list[Any] | None, as_json: bool, text: Callable[[], Any]) -> None:
+    """The result on standard output: JSON, or what `text` makes for people."""
+    if as_json:
+        click.echo(json.dumps(result, indent=1))
+        return
+    from rich.console import Console
+
+    Console(highlight=False, soft_wrap=True).print(text())
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    try:
+        code = app(standalone_mode=False)
+    except InvalidInput as error:
+        code = _fail(str(error), 2)
+    except click.ClickException as error:
+        code = _fail(f"{error.format_message()} (see --help)", 2)
+    except (KeyboardInterrupt, click.Abort):
+        code = _fail("interrupted; the same command goes on where it stopped", 130)
+    sys.exit(code or 0)
+
+
+def _fail(message: str, code: int) -> int:
+    click.echo(f"hmq-fpga: {' '.join(message.split())}", err=True)
+    return code

@@ -1,0 +1,60 @@
+"""What is installed, what each missing piece would enable, and how to get it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from hmq_fpga.deploy import toolchain
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One program or package.
+
+    Attributes:
+        name: what it is called.
+        found: its path or version; None when it is missing.
+        purpose: what it is needed to do.
+        remedy: how to get it.
+    """
+
+    name: str
+    found: str | None
+    purpose: str
+    remedy: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The finding as JSON."""
+        return asdict(self)
+
+
+_PACKAGES = {
+    "torch": "train and search",
+    "tensorflow": "build the QKeras model",
+    "qkeras": "build the QKeras model",
+    "hls4ml": "write the HLS project",
+}
+
+
+def examine() -> list[Finding]:
+    """Look for every package and program that the package can use, importing none."""
+    packages = [
+        Finding(name=name, found=_version(name), purpose=purpose, remedy="pip install hmq-fpga")
+        for name, purpose in _PACKAGES.items()
+    ]
+    programs = [
+        Finding(
+            name=tool.program, found=tool.find(), purpose=tool.purpose, remedy=f"{tool.remedy}, or set {tool.variable}"
+        )
+        for tool in toolchain.TOOLS
+    ]
+    return packages + programs
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

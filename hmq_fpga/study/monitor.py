@@ -1,0 +1,149 @@
+"""What a person sees of a run: progress bars, TensorBoard logs, a summary that fits one screen."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from hmq_fpga.search.train import Listener
+
+REDRAW_S = 0.1
+
+
+class Bars:
+    """One bar per stage on a terminal, silence elsewhere; figures also go to TensorBoard logs.
+
+    Attributes:
+        logs: folder of the logs, one sub-folder per stage.
+    """
+
+    def __init__(self, logs: Path) -> None:
+        self._logs = logs
+        self._progress = Progress(
+            TextColumn("{task.description:<10}"),
+            BarColumn(bar_width=24),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[news]}"),
+            console=Console(stderr=True),
+            disable=not sys.stderr.isatty(),
+        )
+
+    def __enter__(self) -> Bars:
+        """Start drawing."""
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        """Stop drawing."""
+        self._progress.stop()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Listener]:
+        """Enter a stage; the listener hears of its steps."""
+        bar = self._progress.add_task(name, total=None, news="")
+        writer = _LazyWriter(self._logs / name)
+        last_drawn = 0.0
+
+        def listen(step: int, steps: int, values: dict[str, float]) -> None:
+            nonlocal last_drawn
+            writer.write(step, values)
+            now = time.monotonic()
+            if now - last_drawn > REDRAW_S or step == steps:
+                last_drawn = now
+                news = "  ".join(f"{_LABELS.get(key, key)} {value:.4g}" for key, value in values.items())
+                self._progress.update(bar, total=steps, completed=step, news=f"{step}/{steps}  {news}")
+
+        try:
+            yield listen
+        finally:
+            writer.close()
+        self._finish(bar)
+
+    def skipped(self, name: str) -> None:
+        """Show that a stage was done before."""
+        for task in self._progress.tasks:
+            if task.description == name:
+                self._progress.update(task.id, news="done before")
+
+    def _finish(self, bar: TaskID) -> None:
+        task = next(task for task in self._progress.tasks if task.id == bar)
+        self._progress.update(bar, total=task.total or 1, completed=task.total or 1)
+        self._progress.stop_task(bar)
+
+
+_LABELS = {"rate_expected": "R̃_w", "rate_actual": "R_w", "rate_target": "target", "temperature": "τ"}
+
+
+class _LazyWriter:
+    """Writes TensorBoard scalars; makes the log's folder with the first one."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._writer: Any = None
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        if self._writer is None and self._folder.parent.parent.is_dir():
+            from tensorboardX import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._folder))
+        if self._writer is not None:
+            for key, value in values.items():
+                self._writer.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A plain table."""
+    grid = Table(*header, box=None, header_style="bold", pad_edge=False)
+    for row in rows:
+        grid.add_row(*row)
+    return grid
+
+
+def summary(folder: Path, record: Mapping[str, Any]) -> Table:
+    """The outcome of a run on one screen."""
+    metrics, config = record["metrics"], record["config"]
+    parity = json.loads((folder / "parity.json").read_text())
+    grid = Table(box=None, show_header=False, pad_edge=False)
+    grid.add_column(style="bold")
+    grid.add_column()
+    grid.add_row("task", f"{config['task']}, method {config['method']}, seed {config['seed']}")
+    grid.add_row("R_w", f"{metrics['rw_actual']:.2f} (asked {config['rw']:g})")
+    grid.add_row("R_a", f"{metrics['ra_actual']:.2f} (asked {config['ra']:g})")
+    grid.add_row(
+        "accuracy", f"{metrics['qnet_accuracy']:.2%} on the test split (float {metrics['float_accuracy']:.2%})"
+    )
+    grid.add_row("parity", verdict(parity))
+    for resources in json.loads((folder / "resources.json").read_text()):
+        grid.add_row(resources["stage"], _figures(resources))
+    grid.add_row("seconds", ", ".join(f"{name} {value:.1f}" for name, value in metrics["seconds"].items()))
+    grid.add_row("project", str(folder / "hls"))
+    grid.add_row("report", str(folder / "report.html"))
+    return grid
+
+
+def verdict(parity: Mapping[str, Any]) -> str:
+    """Parity in a line: the content of `parity.json`."""
+    counts = ", ".join(
+        f"{name} {figures['mismatches']} of {figures['values']} values differ"
+        for name, figures in parity["simulators"].items()
+    )
+    return f"{'passed' if parity['passed'] else 'BROKEN'}: {counts}"
+
+
+def _figures(resources: Mapping[str, Any]) -> str:
+    units = {"lut": "LUT", "ff": "FF", "dsp": "DSP", "bram": "BRAM", "latency_cycles": "cycles latency", "ii": "II"}
+    known = ", ".join(f"{resources[key]} {unit}" for key, unit in units.items() if resources.get(key) is not None)
+    return f"{known} ({resources['tool']}: {resources['notes']})" if resources["notes"] else known

@@ -1,0 +1,404 @@
+"""One configuration end to end, resumable: from the float baseline to parity, resources and the page."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
+
+from hmq_fpga.deploy.convert import convert
+from hmq_fpga.deploy.hls import HlsProject
+from hmq_fpga.deploy.parity import Parity, check
+from hmq_fpga.deploy.qkeras_model import QKerasSimulator
+from hmq_fpga.deploy.toolchain import GXX
+from hmq_fpga.ir import cost, reference
+from hmq_fpga.ir.errors import InvalidInput
+from hmq_fpga.ir.network import QNet
+from hmq_fpga.ir.scheme import Scheme
+from hmq_fpga.search.graph import freeze, instrument, run_codes
+from hmq_fpga.search.methods import make_options, search
+from hmq_fpga.search.target import Target
+from hmq_fpga.search.train import Listener, finetune, fit
+from hmq_fpga.study import page
+from hmq_fpga.study.data import Dataset, channels_last
+from hmq_fpga.study.stages import RunFolder, Stage, check_ours, read_record, write_json
+from hmq_fpga.study.tasks import Task, resolve, training_task
+
+
+class RunConfig(BaseModel):
+    """What to run; the content of a `CONFIG.yaml`.
+
+    Attributes:
+        task: a name that `hmq-fpga tasks` lists, or `FILE.py:FUNCTION`.
+        rw, ra: targets R_w and R_a.
+        bits: bit-widths that a weight may get.
+        max_act_bits: upper bound on the bit-width of activations.
+        method, options: search method and its options.
+        seed: of initial weights, batches and noise.
+        data: file or folder in place of the task's own source.
+        float_steps, search_steps, finetune_steps: optimizer steps in place of the task's; `float_steps: 0` takes the
+            model as the function returns it.
+        backend, io_type, part, clock_ns, reuse_factor, strategy: of the hls4ml project.
+        out: the run's folder.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    task: str
+    rw: float = 8.0
+    ra: float = 4.0
+    bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
+    max_act_bits: int = 8
+    method: str = "hmq"
+    options: dict[str, Any] = Field(default_factory=dict)
+    seed: int = Field(0, ge=0)
+    data: Path | None = None
+    float_steps: int | None = Field(None, ge=0)
+    search_steps: int | None = Field(None, ge=1)
+    finetune_steps: int | None = Field(None, ge=1)
+    backend: Literal["Vitis", "Vivado"] = "Vitis"
+    io_type: Literal["io_parallel", "io_stream"] | None = None
+    part: str = "xcu250-figd2104-2L-e"
+    clock_ns: float = Field(5.0, gt=0)
+    reuse_factor: int = Field(1, ge=1)
+    strategy: Literal["Latency", "Resource"] = "Latency"
+    out: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        name = Path(self.task.rpartition(":")[0]).stem if ":" in self.task else self.task
+        return self.out or Path("hls_projects") / name / f"{self.method}-rw{self.rw:g}-seed{self.seed}"
+
+
+def load_config(path: Path, overrides: Mapping[str, Any]) -> RunConfig:
+    """A `CONFIG.yaml`, with settings from elsewhere on top.
+
+    Raises:
+        InvalidInput: when it cannot be read, or naming the setting that is wrong.
+    """
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise InvalidInput(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise InvalidInput(f"{path}: must hold settings such as 'task: digits_mlp'")
+    return make_config({**settings, **overrides})
+
+
+def make_config(settings: Mapping[str, Any]) -> RunConfig:
+    """A checked configuration.
+
+    Raises:
+        InvalidInput: naming the setting that is wrong.
+    """
+    try:
+        return RunConfig(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InvalidInput(f"setting {where!r}: {first['msg']} (got {first['input']!r})") from error
+
+
+class Monitor(Protocol):
+    """Shows progress: one bar per stage."""
+
+    def stage(self, name: str) -> AbstractContextManager[Listener]:
+        """Enter a stage; the listener hears of its steps."""
+
+    def skipped(self, name: str) -> None:
+        """Learn that a stage was done before."""
+
+
+def run(config: RunConfig, monitor: Monitor) -> dict[str, Any]:
+    """Everything that the configuration asks for; returns the run's record, as in `run.json`.
+
+    Parity that is broken does not raise: it stands in `parity.json` and in the record's metrics.
+
+    Raises:
+        InvalidInput: for anything that the user can mend, found before the folder is touched where that is possible.
+    """
+    task = resolve(config.task)
+    target = Target(
+        weight_rate=config.rw,
+        activation_rate=config.ra,
+        bits=config.bits,
+        max_activation_bits=config.max_act_bits,
+    )
+    make_options(config.method, config.options)
+    check_ours(config.folder)
+    GXX.require()
+    dataset = task.load(config.data)
+    return _Run(config, task, target, dataset, monitor).everything()
+
+
+class _Run:
+    """The stages of one run."""
+
+    def __init__(self, config: RunConfig, task: Task, target: Target, dataset: Dataset, monitor: Monitor) -> None:
+        self.config, self.target, self.dataset, self.monitor = config, target, dataset, monitor
+        self.folder = config.folder
+        steps = {
+            key: value
+            for key in ("float_steps", "search_steps", "finetune_steps")
+            if (value := getattr(config, key)) is not None
+        }
+        self.budget = replace(task.budget, **steps)
+        self.io_type = config.io_type or task.io_type
+        self.batch_size, self.source = task.batch_size, task.source
+        self.training = training_task(dataset, task.batch_size)
+        torch.manual_seed(config.seed)
+        self.model = task.build()
+        self.instrumented()  # unsupported layers and unreachable targets are found now
+
+    def instrumented(self) -> Any:
+        """The current float model with its sites, checked against the target."""
+        model = instrument(self.model, self.training.input_shape, input_signed=self.training.input_signed)
+        self.target.check(model)
+        return model
+
+    def everything(self) -> dict[str, Any]:
+        folder = RunFolder(self.folder)
+        with folder.opened():
+            folder.record |= {
+                "config": self.config.model_dump(mode="json", exclude={"out"}),
+                "resolved": {"budget": asdict(self.budget), "io_type": self.io_type, "batch_size": self.batch_size},
+                "versions": versions(),
+                "seed": self.config.seed,
+            }
+            folder.save()
+            for stage in self.stages():
+                with self.monitor.stage(stage.name) as self.listener:
+                    if not folder.run(stage):
+                        self.monitor.skipped(stage.name)
+                folder.record["metrics"] = _metrics(folder.record)
+                folder.save()
+            page.write_page(self.folder)
+            return folder.record
+
+    def stages(self) -> list[Stage]:
+        config = self.config
+        data = {"data": self.dataset.digest, "batch_size": self.batch_size, "seed": config.seed}
+        budget = self.budget
+        searching = {
+            "method": config.method,
+            "options": config.options,
+            "target": asdict(self.target),
+            "steps": budget.search_steps,
+            "learning_rate": budget.learning_rate,
+        }
+        hardware = {
+            key: getattr(config, key) for key in ("backend", "part", "clock_ns", "reuse_factor", "strategy")
+        } | {"io_type": self.io_type}
+        return [
+            Stage(
+                name="float",
+                settings=data
+                | {"model": str(self.model), "source": self.source, "state": _digest(self.model)}
+                | {"steps": budget.float_steps, "learning_rate": budget.float_learning_rate},
+                needs=(),
+                makes=("float.pt",),
+                work=self.train_float,
+            ),
+            Stage(
+                name="search",
+                settings=data | searching,
+                needs=("float",),
+                makes=("search.pt", "scheme.json", "search.json"),
+                work=self.search,
+            ),
+            Stage(
+                name="finetune",
+                settings=data | {"steps": budget.finetune_steps, "learning_rate": budget.learning_rate},
+                needs=("search",),
+                makes=("finetune.pt", "finetune.json"),
+                work=self.finetune,
+            ),
+            Stage(name="freeze", settings={}, needs=("search", "finetune"), makes=("qnet",), work=self.freeze),
+            Stage(
+                name="convert",
+                settings=hardware,
+                needs=("freeze",),
+                makes=("qkeras", "hls"),
+                witnesses=("qkeras", "hls/firmware", "hls/tb_data"),
+                work=self.convert,
+            ),
+            Stage(
+                name="parity",
+                settings={"data": self.dataset.digest},
+                needs=("float", "convert"),
+                makes=("parity.json",),
+                work=self.parity,
+            ),
+            Stage(name="resources", settings={}, needs=("freeze",), makes=("resources.json",), work=self.resources),
+        ]
+
+    def train_float(self, new: Path) -> dict[str, Any]:
+        budget = self.budget
+        if budget.float_steps:
+            torch.manual_seed(self.config.seed)
+            fit(
+                self.model,
+                self.training,
+                steps=budget.float_steps,
+                learning_rate=budget.float_learning_rate,
+                seed=self.config.seed,
+                listener=self.listener,
+            )
+        torch.save(self.model.state_dict(), new / "float.pt")
+        return {}
+
+    def search(self, new: Path) -> dict[str, Any]:
+        _load(self.model, self.folder / "float.pt")
+        config = self.config
+        model, scheme, history = search(
+            self.instrumented(),
+            self.training,
+            self.budget,
+            self.target,
+            method=config.method,
+            options=config.options,
+            seed=config.seed,
+            listener=self.listener,
+        )
+        torch.save(model.state_dict(), new / "search.pt")
+        scheme.save(new / "scheme.json")
+        write_json(new / "search.json", history)
+        return {
+            "rw_target": config.rw,
+            "rw_actual": cost.weight_rate(scheme),
+            "ra_target": config.ra,
+            "ra_actual": cost.activation_rate(scheme),
+        }
+
+    def finetune(self, new: Path) -> dict[str, Any]:
+        model = self.quantized("search.pt")
+        history = finetune(
+            model,
+            self.training,
+            steps=self.budget.finetune_steps,
+            learning_rate=self.budget.learning_rate,
+            seed=self.config.seed,
+            listener=self.listener,
+        )
+        torch.save(model.state_dict(), new / "finetune.pt")
+        write_json(new / "finetune.json", history)
+        return {}
+
+    def quantized(self, state: str) -> Any:
+        """The instrumented model with the scheme that was found and a saved state."""
+        _load(self.model, self.folder / "float.pt")
+        model = self.instrumented()
+        model.set_scheme(Scheme.load(self.folder / "scheme.json"))
+        _load(model, self.folder / state)
+        return model
+
+    def freeze(self, new: Path) -> dict[str, Any]:
+        model = self.quantized("finetune.pt")
+        net = freeze(model)
+        x = self.training.x_val
+        np.testing.assert_array_equal(
+            run_codes(model, x, net.output_format), reference.run(net, channels_last(x.numpy()))
+        )
+        net.save(new / "qnet")
+        layers = cost.layer_costs(net)
+        return {
+            "qnet_digest": net.digest,
+            "macs": sum(layer.macs for layer in layers),
+            "weight_bits": sum(layer.weight_bits for layer in layers),
+            "bias_bits": sum(layer.bias_bits for layer in layers),
+            "bops": sum(layer.bops for layer in layers),
+            "ebops": sum(layer.ebops for layer in layers),
+        }
+
+    def convert(self, new: Path) -> dict[str, Any]:
+        convert(
+            QNet.load(self.folder / "qnet"),
+            new,
+            samples=channels_last(self.dataset.x_test),
+            backend=self.config.backend,
+            io_type=self.io_type,
+            part=self.config.part,
+            clock_ns=self.config.clock_ns,
+            reuse_factor=self.config.reuse_factor,
+            strategy=self.config.strategy,
+        )
+        return {}
+
+    def parity(self, new: Path) -> dict[str, Any]:
+        dataset = self.dataset
+        parity = compare(self.folder, channels_last(dataset.x_test), dataset.y_test)
+        write_json(new / "parity.json", parity.to_json())
+        _load(self.model, self.folder / "float.pt")
+        self.model.eval()
+        with torch.no_grad():
+            outputs = torch.cat([self.model(batch) for batch in torch.from_numpy(dataset.x_test).split(1024)])
+        net = QNet.load(self.folder / "qnet")
+        codes = reference.run(net, channels_last(dataset.x_test))
+        return {
+            "float_accuracy": float(np.mean(outputs.argmax(1).numpy() == dataset.y_test)),
+            "qnet_accuracy": float(np.mean(codes.argmax(1) == dataset.y_test)),
+            "parity_passed": parity.passed,
+        }
+
+    def resources(self, new: Path) -> dict[str, Any]:
+        write_json(new / "resources.json", [])
+        return {}
+
+
+def compare(folder: Path, x: np.ndarray[Any, Any], labels: np.ndarray[Any, Any] | None) -> Parity:
+    """Parity of all back ends of a run's folder with its golden model, on inputs `(n, *input shape)`, channels last."""
+    net = QNet.load(folder / "qnet")
+    project = HlsProject.load(folder / "hls")
+    project.compile()
+    return check(net, [QKerasSimulator(net), project], x, labels)
+
+
+def compare_again(folder: Path, data: Path | None = None) -> Parity:
+    """Compile a finished run's project again and compare it, on the run's data or on the `x_test` of another file.
+
+    Raises:
+        InvalidInput: when `folder` is not a finished run, or the data do not fit its network.
+    """
+    record = read_record(folder)
+    if record["stages"].get("convert", {}).get("state") != "done":
+        raise InvalidInput(f"{folder}: its project was not finished; run it again first")
+    config = RunConfig(**record["config"])
+    dataset = resolve(config.task).load(data or config.data)
+    return compare(folder, channels_last(dataset.x_test), dataset.y_test)
+
+
+def _metrics(record: Mapping[str, Any]) -> dict[str, Any]:
+    stages = {name: s for name, s in record["stages"].items() if s["state"] == "done"}
+    merged: dict[str, Any] = {}
+    for stage in stages.values():
+        merged |= stage["metrics"]
+    return merged | {"seconds": {name: stage["seconds"] for name, stage in stages.items()}}
+
+
+def _load(module: nn.Module, path: Path) -> None:
+    module.load_state_dict(torch.load(path, weights_only=True))
+
+
+def _digest(module: nn.Module) -> str:
+    sha = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        sha.update(name.encode() + value.numpy().tobytes())
+    return sha.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a result."""
+    names = ("hmq-fpga", "torch", "numpy", "hls4ml", "qkeras", "tensorflow")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}

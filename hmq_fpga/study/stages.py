@@ -1,0 +1,179 @@
+"""Resumable stages: what has been done in a run's folder, and with which inputs.
+
+`run.json` records for every stage the digest of its inputs and of what it wrote. A stage whose inputs did not change
+and whose outputs are still what it wrote is not repeated. Everything is written beside its place and moved there, so that a
+process killed at any moment leaves either the old state or the new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from hmq_fpga.ir.errors import InvalidInput
+
+RECORD = "run.json"
+FORMAT = "hmq-fpga run, version 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One step of a run.
+
+    Attributes:
+        name: its key in `run.json`.
+        settings: everything besides earlier stages that decides its outputs; JSON.
+        needs: names of the stages whose outputs it reads.
+        makes: files and folders that it writes, relative to the run's folder.
+        witnesses: the part of them that is checked for changes, where others may add to a folder.
+        work: writes them into the folder that it is given, and returns metrics.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    needs: tuple[str, ...]
+    makes: tuple[str, ...]
+    witnesses: tuple[str, ...] = ()
+    work: Callable[[Path], Mapping[str, Any]]
+
+
+class RunFolder:
+    """A run's folder and its record."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.record: dict[str, Any] = {}
+
+    @contextmanager
+    def opened(self) -> Iterator[RunFolder]:
+        """Take the folder for this process alone.
+
+        Raises:
+            InvalidInput: when it holds something else than a run, or another process works in it.
+        """
+        check_ours(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.path / ".lock", timeout=0):
+                for left in self.path.glob(".new-*"):
+                    shutil.rmtree(left)
+                if (self.path / RECORD).exists():
+                    self.record = read_record(self.path)
+                yield self
+        except Timeout:
+            raise InvalidInput(
+                f"{self.path}: another process is running here; wait for it or give another --out"
+            ) from None
+
+    def save(self) -> None:
+        """Write the record in one step."""
+        write_json(self.path / RECORD, {"format": FORMAT, **self.record})
+
+    def run(self, stage: Stage) -> bool:
+        """Do a stage unless it is done; returns whether it had to be."""
+        stages = self.record.setdefault("stages", {})
+        digest = self._input_digest(stage)
+        state = stages.get(stage.name, {})
+        if state.get("inputs") == digest and state.get("outputs") == self._output_digests(stage):
+            return False
+        stages[stage.name] = {"state": "running", "inputs": digest}
+        self.save()
+        new = self.path / f".new-{stage.name}"
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        started = time.perf_counter()
+        try:
+            metrics = stage.work(new)
+        except BaseException as error:
+            shutil.rmtree(new, ignore_errors=True)
+            stages[stage.name] |= {"state": "failed", "error": str(error) or type(error).__name__}
+            self.save()
+            raise
+        for name in stage.makes:
+            _move(new / name, self.path / name)
+        shutil.rmtree(new)
+        stages[stage.name] |= {
+            "state": "done",
+            "outputs": self._output_digests(stage),
+            "seconds": round(time.perf_counter() - started, 3),
+            "metrics": dict(metrics),
+        }
+        self.save()
+        return True
+
+    def _input_digest(self, stage: Stage) -> str:
+        stages = self.record["stages"]
+        inputs = {"settings": stage.settings, "needs": {name: stages[name]["outputs"] for name in stage.needs}}
+        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+    def _output_digests(self, stage: Stage) -> dict[str, str] | None:
+        names = stage.witnesses or stage.makes
+        if not all((self.path / name).exists() for name in (*stage.makes, *names)):
+            return None
+        return {name: digest_of(self.path / name) for name in names}
+
+
+def check_ours(path: Path) -> None:
+    """Raise `InvalidInput` unless `path` is a run's folder, empty, or not there."""
+    if path.exists() and not path.is_dir():
+        raise InvalidInput(f"{path}: is a file; give a folder with --out")
+    if path.is_dir() and not (path / RECORD).exists():
+        foreign = sorted(p.name for p in path.iterdir() if p.name != ".lock")
+        if foreign:
+            raise InvalidInput(f"{path}: holds {foreign[0]!r} but no run; give an empty or a new folder with --out")
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record of a run's folder.
+
+    Raises:
+        InvalidInput: when it is missing or damaged.
+    """
+    try:
+        record = json.loads((path / RECORD).read_text())
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"{path}: not the folder of a run: {error}") from error
+    if not isinstance(record, dict) or record.pop("format", None) != FORMAT:
+        raise InvalidInput(f"{path / RECORD}: not a record of this version of hmq-fpga; give a new folder with --out")
+    return record
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON in one step."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(json.dumps(value, indent=1) + "\n")
+    new.replace(path)
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file, or of the names and contents of a folder's files; hidden ones and built libraries left out."""
+    sha = hashlib.sha256()
+    if path.is_file():
+        sha.update(path.read_bytes())
+        return sha.hexdigest()
+    for folder, folders, files in os.walk(path):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        for name in sorted(files):
+            if not name.startswith(".") and not name.endswith(".so"):
+                file = Path(folder, name)
+                sha.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
+                sha.update(file.read_bytes())
+    return sha.hexdigest()
+
+
+def _move(new: Path, old: Path) -> None:
+    """Put `new` in the place of `old`; a folder is set aside first, since it cannot be replaced in one step."""
+    if old.is_dir():
+        aside = new.with_name(f"{new.name}.old")
+        old.rename(aside)
+    new.rename(old)
