@@ -1,1 +1,48 @@
-"""hmq_fpga."""
+"""From a PyTorch model to a bit-exact hls4ml project, by HMQ mixed-precision quantization.
+
+The public names, in the order of the road: data and training, instrumentation, search, fine-tuning, the integer network,
+its back ends, and the proof that they agree. Each is imported on first use, so that neither torch nor TensorFlow loads
+before it is needed.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "load_data": "hmq_fpga.study.data:load",
+    "load_npz": "hmq_fpga.study.data:load_npz",
+    "channels_last": "hmq_fpga.study.data:channels_last",
+    "training_task": "hmq_fpga.study.tasks:training_task",
+    "Task": "hmq_fpga.search.train:Task",
+    "Budget": "hmq_fpga.search.train:Budget",
+    "fit": "hmq_fpga.search.train:fit",
+    "instrument": "hmq_fpga.search.graph:instrument",
+    "Target": "hmq_fpga.search.target:Target",
+    "search": "hmq_fpga.search.methods:search",
+    "finetune": "hmq_fpga.search.train:finetune",
+    "freeze": "hmq_fpga.search.graph:freeze",
+    "Fixed": "hmq_fpga.ir.fixed:Fixed",
+    "Scheme": "hmq_fpga.ir.scheme:Scheme",
+    "QNet": "hmq_fpga.ir.network:QNet",
+    "run_reference": "hmq_fpga.ir.reference:run",
+    "to_qkeras": "hmq_fpga.deploy.qkeras_model:to_qkeras",
+    "QKerasSimulator": "hmq_fpga.deploy.qkeras_model:QKerasSimulator",
+    "HlsProject": "hmq_fpga.deploy.hls:HlsProject",
+    "check": "hmq_fpga.deploy.parity:check",
+    "InvalidInput": "hmq_fpga.ir.errors:InvalidInput",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, attribute = _HOME[name].partition(":")
+    value = getattr(import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -160,7 +160,10 @@ class _Run:
         self.training = training_task(dataset, task.batch_size)
         torch.manual_seed(config.seed)
         self.model = task.build()
-        self.instrumented()  # unsupported layers and unreachable targets are found now
+        output = self.instrumented().nodes[-1].shape  # unsupported layers and unreachable targets are found here
+        classes = 1 + int(max(dataset.y_train.max(), dataset.y_val.max(), dataset.y_test.max()))
+        if len(output) != 1 or output[0] < classes:
+            raise InvalidInput(f"{config.task}: the model's output is {output}, but the data have {classes} classes")
 
     def instrumented(self) -> Any:
         """The current float model with its sites, checked against the target."""

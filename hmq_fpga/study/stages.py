@@ -1,8 +1,8 @@
 """Resumable stages: what has been done in a run's folder, and with which inputs.
 
 `run.json` records for every stage the digest of its inputs and of what it wrote. A stage whose inputs did not change
-and whose outputs are still what it wrote is not repeated. Everything is written beside its place and moved there, so that a
-process killed at any moment leaves either the old state or the new one.
+and whose outputs are still what it wrote is not repeated. Everything is written beside its place and moved there, so
+that a process killed at any moment leaves either the old state or the new one.
 """
 
 from __future__ import annotations

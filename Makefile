@@ -1,0 +1,53 @@
+# The environment is made on first use, in .venv, from pyproject.toml and constraints.txt; nothing is installed elsewhere.
+
+BIN := .venv/bin
+READY := .venv/.ready
+CXX_PROGRAM = $(or $(HMQ_FPGA_GXX),g++)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean compiler
+
+help:
+	@echo "make demo    train, quantize, convert and verify a small network; ends with a report page"
+	@echo "make test    all checks and all tests"
+	@echo "make lint    format, style, types and borders between the folders"
+	@echo "make format  mend format and style where a program can"
+	@echo "make clean   remove the environment and all caches; results in hls_projects/ stay"
+
+demo: compiler $(READY)
+	$(BIN)/hmq-fpga run digits_mlp --rw 8
+
+# A file's tests stay in one process, since they share what they compile.
+test: compiler lint
+	$(BIN)/pytest -n 2 --dist loadfile
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find hmq_fpga tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+compiler:
+	@command -v "$(CXX_PROGRAM)" >/dev/null || { \
+	  echo "$(CXX_PROGRAM) not found, needed to compile the C simulation: install your system's C++ compiler" \
+	    "(Debian, Ubuntu: apt-get install g++), or set HMQ_FPGA_GXX to its path" >&2; exit 1; }
+
+$(READY): pyproject.toml constraints.txt
+	@for python in python3.11 python3.10; do \
+	  if $$python -c 'import ensurepip, venv' 2>/dev/null; then break; fi; python=; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "no Python 3.11 or 3.10 with venv found: install one" \
+	    "(Debian 12: apt-get install python3.11-venv; elsewhere pyenv or your system's packages)" >&2; exit 1; \
+	fi; \
+	$$python -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,145 @@
+"""Does R_w hold, what does it cost, and is every project exact? One row per task, R_w and seed.
+
+    python benchmarks/promise.py digits_mlp digits_cnn --seeds 5 --exact
+
+Rows are appended to a JSON-lines file; those already there are not repeated. `--exact` also builds the QKeras model and
+the hls4ml project of every network, in both io types, and compares every logit of the test split, as it is and scaled
+by 8, with the golden model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hmq_fpga.ir import cost, reference
+from hmq_fpga.search.graph import freeze, instrument
+from hmq_fpga.search.methods import search
+from hmq_fpga.search.target import Target
+from hmq_fpga.search.train import finetune, fit
+from hmq_fpga.study.data import channels_last
+from hmq_fpga.study.tasks import TASKS, training_task
+
+RATES = (4, 6, 8, 10, 12, 14, 15.5)
+IO_TYPES = ("io_parallel", "io_stream")
+
+
+def main() -> None:
+    """Fill the table and write it as Markdown beside the rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("tasks", nargs="+", choices=sorted(TASKS))
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--method", default="hmq")
+    parser.add_argument("--exact", action="store_true")
+    parser.add_argument("--nets", type=Path, default=Path("build/promise"), help="where the networks are kept")
+    arguments = parser.parse_args()
+    arguments.nets.mkdir(parents=True, exist_ok=True)
+    rows_file = arguments.nets / "rows.jsonl"
+    rows = [json.loads(line) for line in rows_file.read_text().splitlines()] if rows_file.exists() else []
+    known = {(r["task"], r["method"], r["rw"], r["seed"]): r for r in rows}
+    for task in arguments.tasks:
+        for seed in range(arguments.seeds):
+            wanted = [rw for rw in arguments.rates if (task, arguments.method, rw, seed) not in known]
+            for row in _train(task, arguments.method, wanted, seed, arguments.nets):
+                known[task, arguments.method, row["rw"], seed] = row
+                with rows_file.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+    if arguments.exact:
+        _check(known, arguments)
+    (arguments.nets / "table.md").write_text(_table(known.values()))
+
+
+def _net_folder(nets: Path, task: str, method: str, rw: float, seed: int) -> Path:
+    return nets / f"{task}-{method}-rw{rw:g}-seed{seed}"
+
+
+def _train(name: str, method: str, rates: list[float], seed: int, nets: Path) -> Any:
+    """The rows of one task and seed; the float baseline is shared."""
+    if not rates:
+        return
+    task = TASKS[name]
+    dataset = task.load(None)
+    training, budget = training_task(dataset, task.batch_size), task.budget
+    torch.manual_seed(seed)
+    model = task.build()
+    fit(model, training, steps=budget.float_steps, learning_rate=budget.float_learning_rate, seed=seed)
+    with torch.no_grad():
+        outputs = torch.cat([model(x) for x in torch.from_numpy(dataset.x_test).split(1024)]).numpy()
+    float_accuracy = float(np.mean(outputs.argmax(1) == dataset.y_test))
+    for rw in rates:
+        quantized = instrument(model, training.input_shape, input_signed=training.input_signed)
+        quantized, scheme, _ = search(quantized, training, budget, Target(weight_rate=rw), method=method, seed=seed)
+        finetune(quantized, training, steps=budget.finetune_steps, learning_rate=budget.learning_rate, seed=seed)
+        net = freeze(quantized)
+        net.save(_net_folder(nets, name, method, rw, seed))
+        codes = reference.run(net, channels_last(dataset.x_test))
+        yield {
+            "task": name,
+            "method": method,
+            "rw": rw,
+            "seed": seed,
+            "actual": cost.weight_rate(scheme),
+            "repaired": bool(scheme.found_by.get("repaired")),
+            "float": float_accuracy,
+            "accuracy": float(np.mean(codes.argmax(1) == dataset.y_test)),
+            "bits": [t.format.width for t in scheme.of_kind("weight")],
+        }
+
+
+def _check(rows: dict[Any, dict[str, Any]], arguments: argparse.Namespace) -> None:
+    """Parity of every network, in both io types, on the test split and on the test split times 8."""
+    from hmq_fpga.deploy.hls import HlsProject
+    from hmq_fpga.deploy.parity import check
+    from hmq_fpga.deploy.qkeras_model import QKerasSimulator
+    from hmq_fpga.ir.network import QNet
+
+    done_file = arguments.nets / "exact.jsonl"
+    done = {json.loads(line)["digest"] for line in done_file.read_text().splitlines()} if done_file.exists() else set()
+    for (task, method, rw, seed), _ in sorted(rows.items()):
+        net = QNet.load(_net_folder(arguments.nets, task, method, rw, seed))
+        if task not in arguments.tasks or net.digest in done:
+            continue
+        x = channels_last(TASKS[task].load(None).x_test)
+        simulators: list[Any] = [QKerasSimulator(net)]
+        with tempfile.TemporaryDirectory() as folder:
+            for io_type in IO_TYPES:
+                project = HlsProject.create(net, Path(folder) / io_type, io_type=io_type)
+                project.compile()
+                simulators.append(project)
+            counts: dict[str, list[int]] = {}
+            for simulator, label in zip(simulators, ("qkeras", *IO_TYPES), strict=True):
+                for scale in (1, 8):
+                    (result,) = check(net, [simulator], x * np.float32(scale), None).simulators.values()
+                    counts[f"{label} x{scale}"] = [result.mismatches, result.values]
+        with done_file.open("a") as file:
+            row = {"task": task, "method": method, "rw": rw, "seed": seed, "digest": net.digest}
+            file.write(json.dumps(row | {"mismatches": counts}) + "\n")
+
+
+def _table(rows: Any) -> str:
+    """Mean and spread over seeds."""
+    lines = [
+        "| task | method | R_w | actual | repaired | float % | QNet % | difference |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for key in sorted({(r["task"], r["method"], r["rw"]) for r in rows}):
+        group = [r for r in rows if (r["task"], r["method"], r["rw"]) == key]
+        actual = [r["actual"] for r in group]
+        before, after = (np.array([r[name] for r in group]) * 100 for name in ("float", "accuracy"))
+        lines.append(
+            f"| {key[0]} | {key[1]} | {key[2]:g} | {min(actual):.2f} … {max(actual):.2f} "
+            f"| {sum(r['repaired'] for r in group)} of {len(group)} | {before.mean():.2f} | {after.mean():.2f} "
+            f"| {(after - before).mean():+.2f} ± {(after - before).std():.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

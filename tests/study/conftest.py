@@ -1,0 +1,34 @@
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+
+@pytest.fixture(scope="session")
+def digits_file(tmp_path_factory):
+    """A small data set in a user's file: a part of the digits."""
+    x, y = load_digits(return_X_y=True)
+    path = tmp_path_factory.mktemp("data") / "digits.npz"
+    x = (x / 16).astype(np.float32)
+    np.savez(path, x_train=x[:900], y_train=y[:900], x_test=x[900:1100], y_test=y[900:1100])
+    return path
+
+
+@pytest.fixture(scope="session")
+def own_model(tmp_path_factory):
+    """A user's file with models that work and models that do not."""
+    path = tmp_path_factory.mktemp("own") / "mine.py"
+    path.write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "def small():\n"
+        "    return nn.Sequential(nn.Linear(64, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 10))\n"
+        "def tanh():\n"
+        "    return nn.Sequential(nn.Linear(64, 12), nn.Tanh(), nn.Linear(12, 10))\n"
+        "def nan():\n"
+        "    model = small()\n"
+        "    model[0].weight.data[0, 0] = float('nan')\n"
+        "    return model\n"
+        "def narrow():\n"
+        "    return nn.Linear(64, 4)\n"
+    )
+    return path

@@ -1,0 +1,129 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from hmq_fpga import cli
+
+
+def call(monkeypatch, capsys, *arguments):
+    """Exit code, standard output and standard error of a command."""
+    monkeypatch.setattr(sys, "argv", ["hmq-fpga", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    captured = capsys.readouterr()
+    return caught.value.code, captured.out, captured.err
+
+
+def spoiled(path, file, **arrays):
+    with np.load(file) as archive:
+        np.savez(path, **{name: arrays.get(name, archive[name]) for name in archive.files})
+    return path
+
+
+def bad_calls(tmp_path, data, own):
+    """Arguments after `run`, and what the one line must say."""
+    with np.load(data) as archive:
+        x = archive["x_train"].copy()
+    x[3, 5] = np.nan
+    (tmp_path / "text.npz").write_text("not an archive")
+    (tmp_path / "bad.yaml").write_text("task: digits_mlp\nrate: 8\n")
+    (tmp_path / "worse.yaml").write_text("task: [")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("precious")
+    nan = spoiled(tmp_path / "nan.npz", data, x_train=x)
+    short = spoiled(tmp_path / "short.npz", data, y_test=np.arange(3))
+    return {
+        "unknown task": (["digit_mlp"], "unknown task 'digit_mlp'"),
+        "missing data": (["digits_mlp", "--data", tmp_path / "none.npz"], "none.npz: no such file"),
+        "malformed data": (["digits_mlp", "--data", tmp_path / "text.npz"], "cannot be read as an .npz file"),
+        "uneven data": (["digits_mlp", "--data", short], "x_test has 200 samples and y_test 3"),
+        "nan in data": (["digits_mlp", "--data", nan], "x_train: 1 values are NaN"),
+        "nan in weights": ([f"{own}:nan", "--data", data], "0.weight holds NaN"),
+        "no data for own model": ([f"{own}:small"], "--data"),
+        "unsupported module": ([f"{own}:tanh", "--data", data], "'1' (Tanh) is not supported"),
+        "too few outputs": ([f"{own}:narrow", "--data", data], "but the data have 10 classes"),
+        "unreachable R_w": (["digits_mlp", "--rw", "40"], "choose from 4 to 16"),
+        "unreachable R_a": (["digits_mlp", "--ra", "100"], "leaves tensor 'input'"),
+        "unknown method": (["digits_mlp", "--method", "magic"], "there are hmq, uniform"),
+        "unknown setting": ([tmp_path / "bad.yaml"], "setting 'rate'"),
+        "broken yaml": ([tmp_path / "worse.yaml"], "cannot be read"),
+        "foreign folder": (["digits_mlp", "--out", tmp_path / "thesis"], "holds 'thesis.tex' but no run"),
+        "not a number": (["digits_mlp", "--rw", "high"], "not a valid float"),
+        "unknown option": (["digits_mlp", "--rate", "8"], "No such option"),
+    }
+
+
+def files(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, digits_file, own_model, monkeypatch, capsys, subtests):
+    cases = bad_calls(tmp_path, digits_file, own_model)
+    monkeypatch.chdir(tmp_path)
+    before = files(tmp_path)
+    for name, (arguments, message) in cases.items():
+        with subtests.test(name):
+            code, out, err = call(monkeypatch, capsys, "run", *arguments)
+            assert (code, out) == (2, "")
+            assert err.startswith("hmq-fpga: ")
+            assert message in err
+            assert err.count("\n") == 1
+            assert files(tmp_path) == before
+
+
+def test_missing_compiler_is_found_before_any_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HMQ_FPGA_GXX", str(tmp_path / "no-compiler"))
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(monkeypatch, capsys, "run", "digits_mlp")
+    assert code == 2
+    assert "g++ not found, needed to compile the C simulation: install" in err
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("verb", ["run", "convert", "csim", "report", "tasks", "doctor"])
+def test_every_verb_has_help_with_an_example(verb, monkeypatch, capsys):
+    code, out, _ = call(monkeypatch, capsys, verb, "--help")
+    assert code == 0
+    assert f"Example: hmq-fpga {verb}" in out
+
+
+@pytest.mark.parametrize("verb", ["csim", "report"])
+def test_verbs_on_a_run_want_a_run(verb, tmp_path, monkeypatch, capsys):
+    code, _, err = call(monkeypatch, capsys, verb, tmp_path)
+    assert code == 2
+    assert "not the folder of a run" in err
+
+
+def test_convert_wants_a_network(tmp_path, monkeypatch, capsys):
+    code, _, err = call(monkeypatch, capsys, "convert", tmp_path, "--out", tmp_path / "out")
+    assert code == 2
+    assert "not a readable QNet folder" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_tasks_and_doctor_speak_json(monkeypatch, capsys):
+    code, out, _ = call(monkeypatch, capsys, "tasks", "--json")
+    assert code == 0
+    assert {"digits_mlp", "digits_cnn", "pendigits_mlp", "mnist_cnn"} <= set(json.loads(out))
+    code, out, _ = call(monkeypatch, capsys, "doctor", "--json")
+    assert code == 0
+    assert {"name", "found", "purpose", "remedy"} == set(json.loads(out)[0])
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["doctor"], ["run", "--help"]])
+def test_light_verbs_load_no_framework(arguments):
+    """Imports take seconds; a look at the help must not."""
+    code = (
+        "import sys\n"
+        f"sys.argv = ['hmq-fpga', *{arguments}]\n"
+        "from hmq_fpga import cli\n"
+        "try:\n    cli.main()\n"
+        "except SystemExit:\n    pass\n"
+        "heavy = {'torch', 'tensorflow', 'hls4ml', 'qkeras', 'sklearn', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

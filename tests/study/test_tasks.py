@@ -1,0 +1,41 @@
+import pytest
+from torch import nn
+
+from hmq_fpga.ir.errors import InvalidInput
+from hmq_fpga.search.graph import instrument
+from hmq_fpga.search.target import Target
+from hmq_fpga.study.tasks import TASKS, resolve
+
+SHAPES = {"digits_mlp": (64,), "digits_cnn": (1, 8, 8), "pendigits_mlp": (16,), "mnist_cnn": (1, 28, 28)}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_can_be_searched(name):
+    model = instrument(TASKS[name].build(), SHAPES[name])
+    Target().check(model)
+    assert model.nodes[-1].shape == (10,)
+
+
+def test_users_file(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("from torch import nn\n\ndef build():\n    return nn.Linear(3, 2)\n\ndef wrong():\n    return 7\n")
+    task = resolve(f"{file}:build")
+    assert isinstance(task.build(), nn.Linear)
+    assert "def build" in task.source
+    with pytest.raises(InvalidInput, match="with --data"):
+        task.load(None)
+    with pytest.raises(InvalidInput, match="must return a torch module, returned int"):
+        resolve(f"{file}:wrong").build()
+    with pytest.raises(InvalidInput, match="no function 'missing'"):
+        resolve(f"{file}:missing")
+
+
+def test_unknown_names(tmp_path):
+    with pytest.raises(InvalidInput, match="unknown task 'digit_mlp'; there are digits_mlp"):
+        resolve("digit_mlp")
+    with pytest.raises(InvalidInput, match="no such file"):
+        resolve(f"{tmp_path}/none.py:build")
+    broken = tmp_path / "broken.py"
+    broken.write_text("import nothing_of_this_name\n")
+    with pytest.raises(InvalidInput, match="cannot be imported: ModuleNotFoundError"):
+        resolve(f"{broken}:build")
