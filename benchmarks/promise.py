@@ -53,7 +53,9 @@ def main() -> None:
                     file.write(json.dumps(row) + "\n")
     if arguments.exact:
         _check(known, arguments)
-    (arguments.nets / "table.md").write_text(_table(known.values()))
+    here = Path(__file__).parent
+    (here / "promise.md").write_text(_table(known.values()))
+    _draw(list(known.values()), here / "promise.svg")
 
 
 def _net_folder(nets: Path, task: str, method: str, rw: float, seed: int) -> Path:
@@ -139,6 +141,27 @@ def _table(rows: Any) -> str:
             f"| {(after - before).mean():+.2f} ± {(after - before).std():.2f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy against the actual rate, every seed a point, the mean of the float model a line."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    tasks = sorted({r["task"] for r in rows})
+    with mpl.rc_context(
+        {"svg.hashsalt": "promise", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    ):
+        figure = Figure(figsize=(3.2 * len(tasks), 2.6), layout="constrained")
+        for axes, task in zip(np.atleast_1d(figure.subplots(1, len(tasks))), tasks, strict=True):
+            group = [r for r in rows if r["task"] == task]
+            axes.axhline(100 * np.mean([r["float"] for r in group]), color="0.6", lw=1, ls="--", label="float")
+            axes.plot(
+                [r["actual"] for r in group], [100 * r["accuracy"] for r in group], "o", ms=4, alpha=0.6, label="HMQ"
+            )
+            axes.set(title=task, xlabel="actual $R_w$", ylabel="test accuracy, %")
+            axes.legend(frameon=False)
+        figure.savefig(path, metadata={"Date": None})
 
 
 if __name__ == "__main__":

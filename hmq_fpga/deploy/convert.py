@@ -17,7 +17,7 @@ from hmq_fpga.ir.network import QNet
 
 
 def convert(net: QNet, folder: Path, samples: np.ndarray[Any, Any] | None = None, **settings: Any) -> HlsProject:
-    """Write `qkeras/model.h5` and the project `hls/` of a network.
+    """Write `qkeras/model.keras` and the project `hls/` of a network.
 
     Args:
         net: the network.
@@ -26,7 +26,7 @@ def convert(net: QNet, folder: Path, samples: np.ndarray[Any, Any] | None = None
         settings: of `HlsProject.create`.
     """
     (folder / "qkeras").mkdir(parents=True)
-    to_qkeras(net).save(folder / "qkeras" / "model.h5")
+    to_qkeras(net).save(folder / "qkeras" / "model.keras")
     project = HlsProject.create(net, folder / "hls", **settings)
     if samples is not None:
         project.write_tb_data(samples, reference.run(net, samples))

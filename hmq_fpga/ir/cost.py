@@ -73,7 +73,7 @@ def _layer_cost(net: QNet, op: Linear) -> LayerCost:
         bias_bits=op.bias.size * net.bias_format(op).width,
         zero_weights=float(np.mean(op.weight == 0)),
         bops=op.weight.size * uses * op.weight_format.width * input_width,
-        ebops=int(_significant_bits(op.weight).sum()) * uses * input_width,
+        ebops=_significant_bits(op.weight) * uses * input_width,
     )
 
 
@@ -84,9 +84,10 @@ def _uses_per_weight(net: QNet, op: Linear) -> int:
             return int(np.prod(net.shapes[op.name][:-1], dtype=int))
 
 
-def _significant_bits(codes: Codes) -> Codes:
-    """Bits from the most to the least significant one of each magnitude; 0 for zero."""
-    magnitude = np.abs(codes)
-    odd = magnitude // np.maximum(magnitude & -magnitude, 1)
-    bits: Codes = np.ceil(np.log2(odd + 1.0)).astype(np.int64)
-    return bits
+def _significant_bits(codes: Codes) -> int:
+    """Bits of all magnitudes together, each from its most to its least significant one; none for zero."""
+    values, counts = np.unique(np.abs(codes), return_counts=True)
+    return sum(
+        count * (value // max(value & -value, 1)).bit_length()
+        for value, count in zip(values.tolist(), counts.tolist(), strict=True)
+    )

@@ -95,7 +95,8 @@ class Fixed:
         Raises:
             InvalidInput: where a value is NaN.
         """
-        scaled = np.asarray(values, dtype=np.float64) * 2.0**self.frac
+        with np.errstate(over="ignore"):  # what overflows to infinity saturates below
+            scaled = np.asarray(values, dtype=np.float64) * 2.0**self.frac
         if np.isnan(scaled).any():
             raise InvalidInput("NaN cannot be quantized: clean the data or the weights first")
         # ±2**62 is exact in float64 and beyond every format: the clip to `lo`, `hi` is done on integers
@@ -139,7 +140,8 @@ class Fixed:
         """Inverse of `to_json`; raises `InvalidInput` for anything else."""
         match data:
             case {"signed": bool(signed), "width": int(width), "frac": int(frac), **rest} if not rest:
-                return cls(signed=signed, width=width, frac=frac)
+                if bool not in (type(width), type(frac)):
+                    return cls(signed=signed, width=width, frac=frac)
         raise InvalidInput(f"not a fixed-point format: {data!r}")
 
     def __str__(self) -> str:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shutil
 import tempfile
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -94,6 +94,8 @@ class Flatten:
 Linear = Dense | Conv2d
 Op = Input | Quantize | Dense | Conv2d | MaxPool2d | Flatten
 _OPS: Mapping[str, type[Op]] = {op.__name__: op for op in get_args(Op)}
+_BIAS = Fixed(signed=True, width=MAX_WIDTH, frac=0)  # with it, no sum of a linear op exceeds int64
+_FILES = ("network.json", "weights.npz")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
@@ -133,7 +135,10 @@ class QNet:
         _ = self.formats, self.shapes
 
     def __getitem__(self, name: str) -> Op:
-        return next(op for op in self.ops if op.name == name)
+        for op in self.ops:
+            if op.name == name:
+                return op
+        raise KeyError(name)
 
     @property
     def input(self) -> Input:
@@ -207,7 +212,15 @@ class QNet:
         return sha.hexdigest()
 
     def save(self, folder: Path) -> None:
-        """Write `network.json` and `weights.npz` to `folder`, replacing it in one step."""
+        """Write `network.json` and `weights.npz` into `folder`, which may hold an earlier network but nothing else.
+
+        Both are written beside it and moved there together.
+
+        Raises:
+            InvalidInput: when there are other files in it.
+        """
+        if folder.exists() and (foreign := sorted({p.name for p in folder.iterdir()} - set(_FILES))):
+            raise InvalidInput(f"{folder}: holds {foreign[0]!r}, which is not a QNet's; give a new folder")
         folder.parent.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
@@ -230,15 +243,17 @@ class QNet:
         """
         try:
             data = json.loads((folder / "network.json").read_text())
-            with np.load(folder / "weights.npz", allow_pickle=False) as archive:
+            with (folder / "weights.npz").open("rb") as file, np.load(file, allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in archive.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # from a damaged archive anything may come
             raise InvalidInput(f"{folder}: not a readable QNet folder: {error}") from error
         if not isinstance(data, dict) or data.get("format_version") != FORMAT_VERSION:
             raise InvalidInput(f"{folder / 'network.json'}: not a QNet of format version {FORMAT_VERSION}")
         try:
             net = cls(tuple(_op_from_json(entry, arrays) for entry in data["ops"]))
-        except (KeyError, TypeError) as error:
+        except InvalidInput as error:
+            raise InvalidInput(f"{folder}: {error}") from error
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InvalidInput(f"{folder / 'network.json'}: malformed op: {error!r}") from error
         if net.digest != data.get("digest"):
             raise InvalidInput(f"{folder}: digest differs from the one recorded: the files were changed or mixed up")
@@ -276,6 +291,8 @@ def _check(op: Op) -> None:
                 )
             if not op.weight_format.contains(op.weight):
                 raise InvalidInput(f"a weight code is outside {op.weight_format}")
+            if not _BIAS.contains(op.bias):
+                raise InvalidInput(f"a bias code exceeds {_BIAS.width} bits")
             if isinstance(op, Conv2d) and (min(op.stride) < 1 or min(min(p) for p in op.padding) < 0):
                 raise InvalidInput(f"stride {op.stride} or padding {op.padding} is out of range")
         case MaxPool2d():
@@ -325,7 +342,7 @@ def _shape(op: Op, shapes: Mapping[str, Shape]) -> Shape:
         case Quantize():
             return shapes[op.source]
         case Flatten():
-            return (int(np.prod(shapes[op.source])),)
+            return (math.prod(shapes[op.source]),)
         case Dense():
             source = shapes[op.source]
             if source[-1] != op.weight.shape[0]:
@@ -373,10 +390,17 @@ def _op_from_json(entry: dict[str, Any], arrays: Mapping[str, Codes]) -> Op:
             values[name] = arrays[f"{entry['name']}.{name}"]
         elif name in ("format", "weight_format"):
             values[name] = Fixed.from_json(entry[name])
+        elif name in ("name", "source"):
+            values[name] = entry[name]
         else:
-            values[name] = _tuples(entry[name])
+            values[name] = _integers(entry[name])
     return cls(**values)
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+def _integers(value: object) -> Any:
+    """Nested lists of integers as tuples."""
+    if isinstance(value, list):
+        return tuple(_integers(v) for v in value)
+    if type(value) is not int:
+        raise TypeError(f"{value!r} is not an integer")
+    return value

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Fixed
@@ -81,28 +81,16 @@ class Scheme(Mapping[str, Tensor]):
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Scheme:
+    def from_json(cls, data: object) -> Scheme:
         """Inverse of `to_json`.
 
         Raises:
             InvalidInput: naming the entry that is not a tensor's format.
         """
-        tensors = []
-        for entry in data.get("tensors", ()):
-            match entry:
-                case {
-                    "name": str(name),
-                    "kind": str(kind),
-                    "signed": bool(signed),
-                    "bits": int(bits),
-                    "threshold_log2": int(m),
-                    "size": int(size),
-                } if kind in get_args(Kind):
-                    format_ = Fixed(signed=signed, width=bits, frac=bits - signed - m)
-                    tensors.append(Tensor(name=name, kind=kind, format=format_, size=size))  # type: ignore[arg-type]
-                case _:
-                    raise InvalidInput(f"scheme entry is not a tensor's format: {entry!r}")
-        return cls(tuple(tensors), data.get("found_by", {}))
+        match data:
+            case {"tensors": [*entries], **rest} if isinstance(found_by := rest.get("found_by", {}), dict):
+                return cls(tuple(_tensor(entry) for entry in entries), found_by)
+        raise InvalidInput('not a scheme: {"tensors": […], "found_by": {…}}')
 
     def save(self, path: Path) -> None:
         """Write `scheme.json`."""
@@ -110,8 +98,30 @@ class Scheme(Mapping[str, Tensor]):
 
     @classmethod
     def load(cls, path: Path) -> Scheme:
-        """Read `scheme.json`."""
+        """Read `scheme.json`.
+
+        Raises:
+            InvalidInput: naming the file, when it cannot be read or is not a scheme.
+        """
         try:
             return cls.from_json(json.loads(path.read_text()))
-        except (OSError, json.JSONDecodeError) as error:
-            raise InvalidInput(f"{path}: cannot read the scheme: {error}") from error
+        except (OSError, ValueError) as error:
+            raise InvalidInput(f"{path}: not a readable scheme: {error}") from error
+
+
+def _tensor(entry: object) -> Tensor:
+    match entry:
+        case {
+            "name": str(name),
+            "kind": "weight" | "activation" | "input" as kind,
+            "signed": bool(signed),
+            "bits": int(bits),
+            "threshold_log2": int(m),
+            "size": int(size),
+        } if size > 0 and bool not in (type(bits), type(m), type(size)):
+            try:
+                format_ = Fixed(signed=signed, width=bits, frac=bits - signed - m)
+            except InvalidInput as error:
+                raise InvalidInput(f"tensor {name!r}: {error}") from error
+            return Tensor(name=name, kind=kind, format=format_, size=size)
+    raise InvalidInput(f"scheme entry is not a tensor's format: {entry!r}")

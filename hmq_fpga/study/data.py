@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -73,8 +72,8 @@ class Source:
 
     Attributes:
         shape: of one sample, channels first.
-        divisor: raw values are divided by it; a power of two, so that nothing is rounded.
-        fetch: makes the raw arrays where the user has no file of them.
+        divisor: the published whole numbers are divided by it; a power of two, so that nothing is rounded.
+        fetch: makes the published arrays where the user has no file of them.
         bundled: whether `fetch` needs no network, and so goes before the user's default folder.
     """
 
@@ -89,8 +88,9 @@ def load(name: str, path: Path | None = None) -> Dataset:
 
     Args:
         name: a key of `SOURCES`.
-        path: an `.npz` file of its raw arrays, or a folder that holds `<name>.npz`. By default the folder that
-            HMQ_FPGA_DATA names; where that has no such file, the set is downloaded from OpenML and cached.
+        path: an `.npz` file, or a folder that holds `<name>.npz`. By default the folder that HMQ_FPGA_DATA names;
+            where that has no such file, the set is downloaded from OpenML and cached. A file holds the whole
+            numbers as they were published, which are scaled here, or values as the network takes them.
 
     Raises:
         InvalidInput: when it cannot be found, downloaded or used.
@@ -99,8 +99,11 @@ def load(name: str, path: Path | None = None) -> Dataset:
     file = _find(name, path, source)
     raw, where = (_read(file), str(file)) if file else (source.fetch(), f"data set {name!r}")
     dataset = as_images(_dataset(raw, where), source.shape)
+    x = dataset.x_train
+    if x.max() <= 1 or (x != np.rint(x)).any():
+        return dataset
     scale = np.float32(1 / source.divisor)
-    return replace(dataset, x_train=dataset.x_train * scale, x_val=dataset.x_val * scale, x_test=dataset.x_test * scale)
+    return replace(dataset, x_train=x * scale, x_val=dataset.x_val * scale, x_test=dataset.x_test * scale)
 
 
 def load_npz(path: Path) -> Dataset:
@@ -157,17 +160,17 @@ def _read(path: Path) -> Raw:
     if not path.is_file():
         raise InvalidInput(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}; give one .npz file of data")
     try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("holds a single array")
-        with archive:
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise InvalidInput(f"{path}: holds a single array; needs {', '.join(names)}")
             if missing := [name for name in names if name not in archive.files]:
                 raise InvalidInput(f"{path}: has no {', '.join(missing)}; needs {', '.join(names)}")
             return Raw(*(archive[name] for name in names))
     except InvalidInput:
         raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise InvalidInput(f"{path}: not a readable .npz file of {', '.join(names)}: {error}") from error
+    except Exception as error:  # from a damaged archive anything may come
+        raise InvalidInput(f"{path}: cannot be read as an .npz file of {', '.join(names)}: {error}") from error
 
 
 def _dataset(raw: Raw, where: str) -> Dataset:
@@ -176,7 +179,7 @@ def _dataset(raw: Raw, where: str) -> Dataset:
     y_train, y_test = (_labels(getattr(raw, name), f"{where}: {name}") for name in ("y_train", "y_test"))
     for split, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
         if len(x) != len(y):
-            raise InvalidInput(f"{where}: {len(x)} samples in x_{split}, but {len(y)} labels in y_{split}")
+            raise InvalidInput(f"{where}: x_{split} has {len(x)} samples and y_{split} {len(y)} labels")
     if x_train.shape[1:] != x_test.shape[1:]:
         raise InvalidInput(f"{where}: samples of x_train are {x_train.shape[1:]}, those of x_test {x_test.shape[1:]}")
     try:
@@ -202,7 +205,7 @@ def _samples(x: Array, what: str) -> Array:
     with np.errstate(over="ignore"):
         x = np.ascontiguousarray(x, dtype=np.float32)
     if bad := x.size - int(np.isfinite(x).sum()):
-        raise InvalidInput(f"{what} holds {bad} values that are NaN or infinite as float32: clean the data first")
+        raise InvalidInput(f"{what}: {bad} values are NaN or infinite as float32: clean the data first")
     return x[:, None] if x.ndim == 3 else x
 
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from hmq_fpga.deploy.convert import convert
-from hmq_fpga.deploy.hls import HlsProject
+from hmq_fpga.deploy.hls import DEFAULT_PART, HlsProject
 from hmq_fpga.deploy.parity import Parity, check
 from hmq_fpga.deploy.qkeras_model import QKerasSimulator
 from hmq_fpga.deploy.toolchain import GXX
@@ -69,7 +69,7 @@ class RunConfig(BaseModel):
     finetune_steps: int | None = Field(None, ge=1)
     backend: Literal["Vitis", "Vivado"] = "Vitis"
     io_type: Literal["io_parallel", "io_stream"] | None = None
-    part: str = "xcu250-figd2104-2L-e"
+    part: str = DEFAULT_PART
     clock_ns: float = Field(5.0, gt=0)
     reuse_factor: int = Field(1, ge=1)
     strategy: Literal["Latency", "Resource"] = "Latency"
@@ -140,6 +140,7 @@ def run(config: RunConfig, monitor: Monitor) -> dict[str, Any]:
     check_ours(config.folder)
     GXX.require()
     dataset = task.load(config.data)
+    torch.set_num_threads(task.threads)
     return _Run(config, task, target, dataset, monitor).everything()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -29,6 +30,7 @@ class Task:
         load: makes the data, given the user's `--data` or None.
         batch_size: samples per optimizer step.
         budget: optimizer steps and learning rates.
+        threads: of the training; more than one only slows a small network down.
         io_type: of the hls4ml project; streams where full unrolling is out of proportion.
         source: text of the user's file that builds the model; empty for a task of ours.
     """
@@ -38,6 +40,7 @@ class Task:
     load: Callable[[Path | None], Dataset]
     batch_size: int = 64
     budget: Budget = field(default_factory=Budget)
+    threads: int = 1
     io_type: Literal["io_parallel", "io_stream"] = "io_parallel"
     source: str = ""
 
@@ -104,6 +107,7 @@ TASKS = {
         build=_mnist_cnn,
         load=lambda path: data.load("mnist", path),
         batch_size=128,
+        threads=os.cpu_count() or 1,
         budget=Budget(float_steps=3000, search_steps=1800, finetune_steps=1800, float_learning_rate=5e-3),
         io_type="io_stream",
     ),

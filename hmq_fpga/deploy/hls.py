@@ -1,0 +1,444 @@
+"""QNet to an hls4ml project, and the project's C simulation.
+
+Every type is set here from the network. Left to itself hls4ml 1.3.0 truncates the input to 16 bits, derives other
+weight types from QKeras's quantizers, and removes a `quantized_bits` activation after a layer whose result type is
+`auto`. What was written is read back from `firmware/defines.h` and compared with the network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal, assert_never, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from hmq_fpga.deploy.parity import to_codes
+from hmq_fpga.deploy.qkeras_model import layer_name, to_qkeras
+from hmq_fpga.deploy.toolchain import GXX
+from hmq_fpga.ir.errors import InvalidInput
+from hmq_fpga.ir.fixed import Codes, Fixed
+from hmq_fpga.ir.network import Conv2d, Dense, Flatten, Input, MaxPool2d, QNet, Quantize, Shape
+
+Backend = Literal["Vitis", "Vivado"]
+IoType = Literal["io_parallel", "io_stream"]
+Strategy = Literal["Latency", "Resource"]
+Types = dict[str, dict[str, str]]  # C++ type by op name and role: result, and weight, bias, accum of a linear op
+
+RECORD = "hmq_fpga.json"
+DEFAULT_PART = "xcvu13p-flga2577-2-e"
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensor:
+    """How the project holds one op's tensor.
+
+    Attributes:
+        op: the QNet's op that makes it.
+        variable: the C++ variable.
+        shape: without the batch.
+        format: of its codes.
+        typedefs: names in `firmware/defines.h` by role: `result`, and `weight`, `bias`, `accum` of a linear op.
+    """
+
+    op: str
+    variable: str
+    shape: Shape
+    format: Fixed
+    typedefs: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HlsProject:
+    """An hls4ml project on disk; as a simulator it is compiled once, at its first use, from what is on disk.
+
+    Attributes:
+        folder: the project.
+        top: name of the top function and of the files.
+        digest: of the network that it was made from.
+        tensors: in network order, the input first and the output last.
+    """
+
+    folder: Path
+    top: str
+    digest: str
+    tensors: tuple[Tensor, ...]
+    name: ClassVar[str] = "csim"
+
+    @classmethod
+    def create(
+        cls,
+        net: QNet,
+        folder: Path,
+        *,
+        backend: Backend = "Vitis",
+        io_type: IoType = "io_parallel",
+        part: str = DEFAULT_PART,
+        clock_ns: float = 5.0,
+        reuse_factor: int = 1,
+        strategy: Strategy = "Latency",
+        project_name: str = "myproject",
+    ) -> HlsProject:
+        """Convert a network by QKeras and hls4ml; an existing folder is replaced once the new one is complete.
+
+        Args:
+            net: the network.
+            folder: where the project goes.
+            backend: whose C++ to write.
+            io_type: arrays or streams between layers.
+            part: FPGA part.
+            clock_ns: clock period in ns.
+            reuse_factor: multiplications per multiplier.
+            strategy: hls4ml's for matrix products.
+            project_name: name of the top function.
+
+        Raises:
+            ToolMissing: without a C++ compiler, before anything is written.
+            InvalidInput: for an option or a network that cannot be converted.
+            RuntimeError: when hls4ml dropped a quantizer or changed a type, naming the layer.
+        """
+        for value, choices in ((backend, Backend), (io_type, IoType), (strategy, Strategy)):
+            if value not in get_args(choices):
+                raise InvalidInput(f"{value!r} is none of {', '.join(get_args(choices))}")
+        GXX.require()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            graph = _convert(
+                net,
+                model={"Precision": "fixed<16,6>", "ReuseFactor": reuse_factor, "Strategy": strategy},
+                output_dir=str(new),
+                project_name=project_name,
+                backend=backend,
+                io_type=io_type,
+                part=part,
+                clock_period=clock_ns,
+            )
+            project = cls(folder=new, top=project_name, digest=net.digest, tensors=_tensors(net, graph))
+            _write(graph, project)
+            _compare(expected_types(net), project.types())
+            new.chmod(0o755)
+            if folder.exists():
+                shutil.rmtree(folder)
+            new.rename(folder)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+        return replace(project, folder=folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> HlsProject:
+        """The project that `create` wrote to `folder`; needs neither TensorFlow nor hls4ml.
+
+        Raises:
+            InvalidInput: when there is none.
+        """
+        try:
+            data = json.loads((folder / RECORD).read_text())
+            tensors = tuple(
+                Tensor(**{**t, "shape": tuple(t["shape"]), "format": Fixed.from_json(t["format"])})
+                for t in data["tensors"]
+            )
+            return cls(folder=folder, top=data["top"], digest=data["digest"], tensors=tensors)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InvalidInput(f"{folder}: not an hls4ml project of this package: {error}") from error
+
+    def types(self) -> Types:
+        """The C++ types that `firmware/defines.h` gives to each op, by role; see `expected_types`."""
+        text = (self.folder / "firmware" / "defines.h").read_text()
+        typedefs = {name: _plain_type(kind) for kind, name in re.findall(r"typedef (.*) (\w+);", text)}
+        return {t.op: {role: typedefs[name] for role, name in t.typedefs.items()} for t in self.tensors}
+
+    def compile(self) -> None:
+        """Compile what is on disk, unless this object already has.
+
+        Raises:
+            ToolMissing: without a C++ compiler.
+            RuntimeError: when the compiler fails, with its last lines.
+        """
+        _ = self._library
+
+    def predict(self, x: npt.NDArray[np.float32]) -> Codes:
+        """Output codes `(batch, *output shape)` for real inputs `(batch, *input shape)`, channels last."""
+        output = self.tensors[-1]
+        values = np.zeros((len(x), *output.shape))
+        for sample, result in zip(self._samples(x), values, strict=True):
+            self._call(self._library, sample, result)
+        return to_codes(values, output.format, output.op)
+
+    def trace(self, x: npt.NDArray[np.float32]) -> dict[str, Codes]:
+        """Codes of every tensor by op name, from a copy of the project that hls4ml's own hooks are added to."""
+        library = self._traced_library
+        values = {t.op: np.zeros((len(x), *t.shape)) for t in self.tensors}
+        storage = (_TraceData * len(self._observed))()
+        library.allocate_trace_storage(ctypes.c_size_t(8))
+        for i, sample in enumerate(self._samples(x)):
+            self._call(library, sample, values[self.tensors[-1].op][i])
+            library.collect_trace_output(storage)
+            for entry in storage:
+                tensor = self._observed[entry.name.decode()]
+                data = ctypes.cast(entry.data, ctypes.POINTER(ctypes.c_double))
+                values[tensor.op][i] = np.ctypeslib.as_array(data, tensor.shape)
+        library.free_trace_storage()
+        for tensor in self.tensors:  # a tensor in another's variable, as after a flatten
+            if tensor.op not in self._observed:
+                values[tensor.op] = values[self._first(tensor.variable).op].reshape(len(x), *tensor.shape)
+        return {t.op: to_codes(values[t.op], t.format, t.op) for t in self.tensors}
+
+    def write_tb_data(self, x: npt.NDArray[np.float32], codes: Codes) -> None:
+        """Give the vendor's C simulation the same samples: inputs, and the outputs to expect.
+
+        Args:
+            x: real inputs `(batch, *input shape)`.
+            codes: output codes `(batch, *output shape)` of the reference.
+        """
+        folder = self.folder / "tb_data"
+        folder.mkdir(exist_ok=True)
+        _write_rows(folder / "tb_input_features.dat", np.asarray(x, np.float32))
+        _write_rows(folder / "tb_output_predictions.dat", self.tensors[-1].format.decode(codes))
+
+    def _samples(self, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+        shape = self.tensors[0].shape
+        if x.shape[1:] != shape or not np.isfinite(x).all():
+            raise InvalidInput(f"input of shape {x.shape[1:]}: the project takes finite values of shape {shape}")
+        return np.ascontiguousarray(x, np.float32).astype(np.float64)
+
+    def _call(self, library: ctypes.CDLL, x: npt.NDArray[np.float64], result: npt.NDArray[np.float64]) -> None:
+        library[f"{self.top}_double"](x.ctypes, result.ctypes)
+
+    def _first(self, variable: str) -> Tensor:
+        return next(t for t in self.tensors if t.variable == variable)
+
+    @cached_property
+    def _observed(self) -> dict[str, Tensor]:
+        """The tensors by op name, one for each C++ variable."""
+        return {t.op: t for t in self.tensors if self._first(t.variable) is t}
+
+    @cached_property
+    def _library(self) -> ctypes.CDLL:
+        return _compiled(self.folder, self.top)
+
+    @cached_property
+    def _traced_library(self) -> ctypes.CDLL:
+        with tempfile.TemporaryDirectory() as scratch:
+            copy = Path(scratch) / "project"
+            shutil.copytree(self.folder, copy, ignore=shutil.ignore_patterns("*.so", "*_prj"))
+            self._add_hooks(copy)
+            return _compiled(copy, self.top)
+
+    def _add_hooks(self, folder: Path) -> None:
+        """Let the copy in `folder` save each tensor after the call that makes it, and the input before the first."""
+        firmware = folder / "firmware" / f"{self.top}.cpp"
+        code, storage = firmware.read_text(), ""
+        for tensor in self._observed.values():
+            size, typedef = int(np.prod(tensor.shape)), tensor.typedefs["result"]
+            makes = (
+                "// hls-fpga-machine-learning insert layers" if tensor is self.tensors[0] else f", {tensor.variable}"
+            )
+            end = re.search(rf"{makes}\b.*", code)
+            assert end, f"no call makes {tensor.variable}"
+            hook = f'\n    nnet::save_layer_output<{typedef}>({tensor.variable}, "{tensor.op}", {size});'
+            code = code[: end.end()] + hook + code[end.end() :]
+            storage += f'\n    nnet::trace_outputs->insert({{"{tensor.op}", malloc({size} * element_size)}});'
+        firmware.write_text(code)
+        _replace(folder / f"{self.top}_bridge.cpp", {"trace_type_size = element_size;": rf"\g<0>{storage}"})
+        _replace(folder / "build_lib.sh", {"BASEDIR=.*": f'BASEDIR="{self.folder.resolve()}"'})  # of the weights
+
+
+def expected_types(net: QNet) -> Types:
+    """The C++ type of every op's result, and of the weight, bias and accumulator of a linear op.
+
+    Activations and the input round half to even and saturate. Constants need no rounding, accumulators and
+    linear results are exact, and whatever only moves values keeps its source's type.
+    """
+    types: Types = {}
+    for op in net.ops:
+        match op:
+            case Input() | Quantize():
+                types[op.name] = {"result": str(op.format)}
+            case Dense() | Conv2d():
+                exact = _exact_type(net.formats[op.name])
+                weight, bias = _exact_type(op.weight_format), _exact_type(net.bias_format(op))
+                types[op.name] = {"result": exact, "weight": weight, "bias": bias, "accum": exact}
+            case MaxPool2d() | Flatten():
+                types[op.name] = {"result": types[op.source]["result"]}
+            case _:
+                assert_never(op)
+    return types
+
+
+def _exact_type(format: Fixed) -> str:
+    return f"{'ap_fixed' if format.signed else 'ap_ufixed'}<{format.width},{format.integer}>"
+
+
+def _plain_type(text: str) -> str:
+    """A type of `defines.h` without the array of a stream around it and without its count of saturation bits."""
+    match = re.search(r"(ap_u?(?:fixed|int)<\w+(?:,-?\d+)?)((?:,AP_\w+)*)(?:,0)?>", text)
+    return f"{match[1]}{match[2]}>" if match else text
+
+
+def _precisions(net: QNet) -> dict[str, dict[str, dict[str, str]]]:
+    """hls4ml's `LayerName` configuration: every type of every layer that the Keras model may become."""
+    types = expected_types(net)
+    layers: dict[str, dict[str, str]] = {}
+    for op in net.ops:
+        result = {"result": types[op.name]["result"]}
+        layers[layer_name(op)] = types[op.name]
+        match op:
+            case Input():
+                layers[f"{op.name}_values"] = result
+            case Dense() | Conv2d():
+                # The activation that hls4ml splits off. With one of the two types unset it drops the next quantizer.
+                layers[f"{op.name}_linear"] = result
+                layers[f"{op.name}_padding"] = {"result": types[op.source]["result"]}
+            case MaxPool2d():
+                layers[op.name] = {**result, "accum": result["result"]}
+            case Quantize() | Flatten():
+                pass
+            case _:
+                assert_never(op)
+    return {name: {"Precision": dict(precision)} for name, precision in layers.items()}
+
+
+@dataclass(frozen=True)
+class _KerasView:
+    """What hls4ml reads of a Keras model, without the quantizers of constants.
+
+    The constants are on their grids already, and hls4ml derives their types from the quantizers wrongly
+    (`quantized_bits(4,4)` becomes `int<4>`, an unsigned one signed) and past any type that is configured.
+    """
+
+    model: Any
+
+    def to_json(self) -> str:
+        architecture = json.loads(self.model.to_json())
+        for layer in architecture["config"]["layers"]:
+            for quantizer in ("kernel_quantizer", "bias_quantizer"):
+                layer["config"].pop(quantizer, None)
+        return json.dumps(architecture)
+
+    def get_layer(self, name: str) -> Any:
+        return self.model.get_layer(name)
+
+
+def _convert(net: QNet, model: dict[str, Any], **options: Any) -> Any:
+    """hls4ml's graph of the network's QKeras model."""
+    with _quiet():
+        keras_model = to_qkeras(net)
+        from hls4ml.converters import convert_from_keras_model
+
+        hls_config = {"Model": model, "LayerName": _precisions(net)}
+        return convert_from_keras_model(_KerasView(keras_model), hls_config=hls_config, bit_exact=False, **options)
+
+
+def _tensors(net: QNet, graph: Any) -> tuple[Tensor, ...]:
+    """Where hls4ml's graph holds the tensors.
+
+    Raises:
+        RuntimeError: when a layer is not there, naming it.
+    """
+    tensors: dict[str, Tensor] = {}
+    for op in net.ops:
+        node = graph.graph.get(f"{op.name}_values" if isinstance(op, Input) else op.name)
+        format = net.formats[op.name]
+        moved = isinstance(op, Flatten) or (isinstance(op, Quantize) and format == net.formats[op.source])
+        if moved and (node is None or isinstance(op, Flatten)):  # nothing to compute: the source's variable
+            source = tensors[op.source]  # type: ignore[union-attr]
+            variable, typedefs = source.variable, {"result": source.typedefs["result"]}
+        elif node is None:
+            raise RuntimeError(f"hls4ml dropped layer {op.name!r}")
+        else:
+            variable, typedefs = node.get_output_variable().name, {"result": node.get_output_variable().type.name}
+            if isinstance(op, Dense | Conv2d):
+                typedefs |= {role: node.get_weights(role).type.name for role in ("weight", "bias")}
+                typedefs["accum"] = node.get_attr("accum_t").name
+        tensors[op.name] = Tensor(
+            op=op.name, variable=variable, shape=net.shapes[op.name], format=format, typedefs=typedefs
+        )
+    return tuple(tensors.values())
+
+
+def _write(graph: Any, project: HlsProject) -> None:
+    """Write hls4ml's project, free of paths, times and random names."""
+    config = graph.config.config
+    del config["KerasModel"]  # hls4ml would save a second copy of the Keras model
+    with _quiet():
+        graph.write()
+    stamp = {config["Stamp"]: project.digest[:8]}
+    _replace(project.folder / "build_lib.sh", stamp)
+    _replace(project.folder / "hls4ml_config.yml", {**stamp, re.escape(config["OutputDir"]): "."})
+    # The testbench writes results with 6 digits: too few to tell codes apart
+    _replace(project.folder / f"{project.top}_test.cpp", {r"std::ofstream fout\(.*": r"\g<0>\n    fout.precision(17);"})
+    record = {"top": project.top, "digest": project.digest, "tensors": [asdict(t) for t in project.tensors]}
+    (project.folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _compare(expected: Types, actual: Types) -> None:
+    for op, roles in expected.items():
+        for role, kind in roles.items():
+            if actual[op][role] != kind:
+                raise RuntimeError(f"hls4ml made the {role} of layer {op!r} {actual[op][role]} instead of {kind}")
+
+
+class _TraceData(ctypes.Structure):
+    """hls4ml's `trace_data`."""
+
+    _fields_: ClassVar = [("name", ctypes.c_char_p), ("data", ctypes.c_void_p)]
+
+
+def _compiled(folder: Path, top: str) -> ctypes.CDLL:
+    """Compile a project by its own `build_lib.sh` and load the library."""
+    compiler = GXX.require()
+    for text in sorted((folder / "firmware" / "weights").glob("*.txt")):
+        if f"{{{text.read_text()}}};" not in text.with_suffix(".h").read_text():
+            raise RuntimeError(f"{text} differs from {text.stem}.h: the C simulation would not be what is synthesized")
+    with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / "g++").symlink_to(compiler)  # the script's name for the compiler
+        environment = {**os.environ, "PATH": f"{scratch}{os.pathsep}{os.environ['PATH']}"}
+        build = subprocess.run(["bash", "build_lib.sh"], cwd=folder, env=environment, capture_output=True, text=True)
+        if build.returncode:
+            raise RuntimeError(f"{folder}: the C simulation does not compile:\n{build.stderr[-2000:]}")
+        (library,) = (folder / "firmware").glob(f"{top}-*.so")
+        # From a path of its own: the loader would take an older library of the same path for this one
+        loaded = ctypes.CDLL(str(shutil.copy(library, scratch)))
+    loaded[f"{top}_double"].restype = None
+    return loaded
+
+
+def _replace(path: Path, patterns: Mapping[str, str]) -> None:
+    text = path.read_text()
+    for pattern, replacement in patterns.items():
+        text, count = re.subn(pattern, replacement, text)
+        assert count, f"{path}: no {pattern}"
+    path.write_text(text)
+
+
+def _write_rows(path: Path, values: npt.NDArray[np.floating[Any]]) -> None:
+    """One sample per line, each number with all its digits."""
+    rows = values.reshape(len(values), -1).astype(np.float64)
+    path.write_text("".join(" ".join(map(repr, row)) + "\n" for row in rows.tolist()))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Send what hls4ml prints to the log, and drop Keras's remark that a QKeras quantizer is no constraint."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".*keras\.constraints\.serialize")
+        yield
+    for line in printed.getvalue().splitlines():
+        log.debug("%s", line)

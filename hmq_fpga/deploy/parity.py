@@ -1,0 +1,224 @@
+"""Parity: every simulator's output equals the integer reference, code for code.
+
+A simulator is anything with a name and `predict`; one that also has `trace` lets a failure name the first
+tensor that differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from hmq_fpga.ir import reference
+from hmq_fpga.ir.errors import InvalidInput
+from hmq_fpga.ir.fixed import Codes, Fixed
+from hmq_fpga.ir.network import QNet
+
+TRACED = 16  # differing samples that are traced to find the first tensor that differs
+
+
+class ParityError(RuntimeError):
+    """A simulator does not compute what the network's integers say; the message names it and the tensor."""
+
+
+class Simulator(Protocol):
+    """Computes a network's output."""
+
+    @property
+    def name(self) -> str:
+        """Its key in `parity.json`."""
+        ...
+
+    def predict(self, x: npt.NDArray[np.float32]) -> Codes:
+        """Output codes `(batch, *output shape)` for real inputs `(batch, *input shape)`, channels last."""
+        ...
+
+
+@runtime_checkable
+class Tracer(Protocol):
+    """A simulator that can show the tensors in between."""
+
+    def trace(self, x: npt.NDArray[np.float32]) -> Mapping[str, Codes]:
+        """Codes `(batch, *shape)` by op name, for every op that it can observe."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Where a simulator first leaves the reference, in network order.
+
+    Attributes:
+        tensor: the op that makes it.
+        sample: index of the first sample that shows it.
+        index: position inside the tensor.
+        expected, actual: the codes there.
+    """
+
+    tensor: str
+    sample: int
+    index: tuple[int, ...]
+    expected: int
+    actual: int
+
+    def __str__(self) -> str:
+        return (
+            f"tensor {self.tensor!r} first differs at sample {self.sample}, index {list(self.index)}: "
+            f"code {self.actual}, expected {self.expected}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One simulator against the reference.
+
+    Attributes:
+        values: output codes compared.
+        mismatches: how many of them differ.
+        max_abs_diff: largest difference of two codes.
+        accuracy: share of samples whose largest output is the label's; None without labels.
+        first_difference: where it starts; None where nothing differs.
+    """
+
+    values: int
+    mismatches: int
+    max_abs_diff: int
+    accuracy: float | None
+    first_difference: Difference | None
+
+    def to_json(self) -> dict[str, Any]:
+        """One entry of `parity.json`."""
+        entry: dict[str, Any] = {
+            "values": self.values,
+            "mismatches": self.mismatches,
+            "max_abs_diff": self.max_abs_diff,
+            "accuracy": self.accuracy,
+        }
+        if d := self.first_difference:
+            entry["first_difference"] = {
+                "tensor": d.tensor,
+                "sample": d.sample,
+                "index": list(d.index),
+                "expected": d.expected,
+                "actual": d.actual,
+            }
+        return entry
+
+
+@dataclass(frozen=True)
+class Parity:
+    """All simulators against the reference on the same samples.
+
+    Attributes:
+        samples: how many inputs.
+        simulators: the comparisons by simulator name.
+    """
+
+    samples: int
+    simulators: Mapping[str, Comparison]
+
+    @property
+    def passed(self) -> bool:
+        """Whether not a single code differs anywhere."""
+        return all(c.mismatches == 0 for c in self.simulators.values())
+
+    def raise_for_mismatch(self) -> None:
+        """Do nothing if all is equal.
+
+        Raises:
+            ParityError: naming the simulators and the first tensor that differs in each.
+        """
+        if not self.passed:
+            raise ParityError(
+                "; ".join(
+                    f"{name}: {c.mismatches} of {c.values} output codes differ, by up to {c.max_abs_diff}; "
+                    f"{c.first_difference}"
+                    for name, c in self.simulators.items()
+                    if c.mismatches
+                )
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `parity.json`."""
+        return {
+            "passed": self.passed,
+            "samples": self.samples,
+            "simulators": {name: c.to_json() for name, c in self.simulators.items()},
+        }
+
+
+def check(net: QNet, simulators: Sequence[Simulator], x: npt.ArrayLike, labels: npt.ArrayLike | None = None) -> Parity:
+    """Compare simulators with the integer reference.
+
+    Args:
+        net: the network.
+        simulators: what to compare.
+        x: real inputs `(batch, *input shape)`, channels last; taken as float32, which is what reaches hardware.
+        labels: `(batch,)` classes, for the accuracy; the largest output along the last axis is the prediction.
+
+    Raises:
+        InvalidInput: when there is nothing to compare or the labels do not fit.
+        ParityError: when a simulator's values are not even on their tensor's grid.
+    """
+    x = np.ascontiguousarray(x, dtype=np.float32)
+    if not simulators or not len(x):
+        raise InvalidInput("nothing to compare: parity needs at least one simulator and one sample")
+    if labels is not None and np.shape(labels) != (len(x),):
+        raise InvalidInput(f"{np.shape(labels)} labels for {len(x)} samples: give one class per sample")
+    expected = reference.run(net, x)
+    return Parity(len(x), {s.name: _compare(net, s, x, expected, labels) for s in simulators})
+
+
+def to_codes(values: npt.NDArray[np.floating[Any]], format: Fixed, tensor: str) -> Codes:
+    """Simulated real values to codes of `format`'s grid, exactly.
+
+    Codes outside the format's range pass, so that they show as a difference.
+
+    Raises:
+        ParityError: when a value is not on the grid, naming the tensor.
+    """
+    scaled = values.astype(np.float64) * 2.0**format.frac
+    codes = np.rint(np.nan_to_num(scaled)).astype(np.int64)
+    off = codes != scaled
+    if off.any():
+        raise ParityError(f"tensor {tensor!r} holds {values[off].flat[0]!r}, not a multiple of its step {format.step}")
+    return codes
+
+
+def _compare(
+    net: QNet, simulator: Simulator, x: npt.NDArray[np.float32], expected: Codes, labels: npt.ArrayLike | None
+) -> Comparison:
+    actual = simulator.predict(x)
+    if actual.shape != expected.shape:
+        raise ParityError(f"{simulator.name}: output of shape {actual.shape}, expected {expected.shape}")
+    difference = np.abs(actual - expected)
+    return Comparison(
+        values=expected.size,
+        mismatches=int(np.count_nonzero(difference)),
+        max_abs_diff=int(difference.max()),
+        accuracy=None if labels is None else float(np.mean(actual.argmax(axis=-1) == labels)),
+        first_difference=_first_difference(net, simulator, x, expected, actual) if difference.any() else None,
+    )
+
+
+def _first_difference(
+    net: QNet, simulator: Simulator, x: npt.NDArray[np.float32], expected: Codes, actual: Codes
+) -> Difference:
+    samples = np.unique(np.nonzero(actual != expected)[0])[:TRACED]
+    references = reference.trace(net, x[samples])
+    tensors = dict(simulator.trace(x[samples])) if isinstance(simulator, Tracer) else {}
+    tensors[net.output.name] = actual[samples]
+    for op in net.ops:
+        if op.name in tensors and (at := np.argwhere(tensors[op.name] != references[op.name])).size:
+            sample, *index = (int(i) for i in at[0])
+            return Difference(
+                tensor=op.name,
+                sample=int(samples[sample]),
+                index=tuple(index),
+                expected=int(references[op.name][tuple(at[0])]),
+                actual=int(tensors[op.name][tuple(at[0])]),
+            )
+    raise AssertionError("the outputs differ")

@@ -1,0 +1,229 @@
+"""QNet to QKeras: the same integers, as floats on their grids."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Literal, assert_never
+
+import numpy as np
+import numpy.typing as npt
+
+from hmq_fpga.deploy.parity import to_codes
+from hmq_fpga.ir.errors import InvalidInput
+from hmq_fpga.ir.fixed import Codes, Fixed
+from hmq_fpga.ir.network import Conv2d, Dense, Flatten, Input, Linear, MaxPool2d, Op, Padding, QNet, Quantize, Shape
+
+BATCH = 1024  # samples at a time
+FloatType = Literal["float32", "float64"]
+
+
+def tensorflow() -> Any:
+    """TensorFlow, without its log noise and without the rewrites by which oneDNN changes the arithmetic.
+
+    Both are decided when TensorFlow is first imported, so nothing in the package imports it in another way.
+    """
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import tensorflow
+
+    return tensorflow
+
+
+def to_qkeras(net: QNet) -> Any:
+    """The QKeras model of a network: real inputs `(batch, *input shape)` to real outputs, channels last.
+
+    A layer has the name of its op (see `layer_name`); a padding that is neither `valid` nor `same` is one more
+    layer, `<op>_padding`. Where float32 cannot hold every sum the model is float64 (see `float_type`): set
+    `tf.keras.backend.set_floatx("float64")` before loading such a model from a file.
+
+    Raises:
+        InvalidInput: where not even float64 is exact, or QKeras has no such quantizer; names the op.
+    """
+    dtype = float_type(net)
+    tensors: dict[str, Any] = {}
+    with _floatx(dtype) as keras:
+        source = keras.Input(net.input.shape, dtype=dtype, name=f"{net.input.name}_values")
+        for op in net.ops:
+            tensors[op.name] = _apply(net, op, tensors, source, keras, dtype)
+        model = keras.Model(source, tensors[net.output.name])
+        for op in net.linears:
+            values = op.weight_format.decode(op.weight), net.bias_format(op).decode(op.bias)
+            model.get_layer(op.name).set_weights(values)
+    return model
+
+
+def layer_name(op: Op) -> str:
+    """Name of the Keras layer that makes an op's tensor: the op's, or `<input>_quantizer` after `<input>_values`.
+
+    (hls4ml reserves the name `input`.)
+    """
+    return f"{op.name}_quantizer" if isinstance(op, Input) else op.name
+
+
+def float_type(net: QNet) -> FloatType:
+    """The float type whose significand holds every sum and every quantizer's arithmetic exactly.
+
+    Raises:
+        InvalidInput: where float64 does not, naming the op.
+    """
+    bits = {op.name: _significant_bits(net, op) for op in net.ops}
+    worst = max(bits, key=lambda name: bits[name])
+    if bits[worst] > 53:
+        raise InvalidInput(
+            f"op {worst!r}: its sums need {bits[worst]} bits and float64 is exact up to 53: use fewer bits or terms"
+        )
+    return "float32" if bits[worst] <= 24 else "float64"
+
+
+@dataclass(frozen=True, eq=False)
+class QKerasSimulator:
+    """A network's QKeras model as a simulator: the one given, such as a loaded one, or a fresh one."""
+
+    net: QNet
+    given: Any = None
+    name: ClassVar[str] = "qkeras"
+
+    @cached_property
+    def model(self) -> Any:
+        """The Keras model."""
+        return self.given or to_qkeras(self.net)
+
+    def predict(self, x: npt.NDArray[np.float32]) -> Codes:
+        """Output codes `(batch, *output shape)` for real inputs `(batch, *input shape)`."""
+        return self._run(x, [self.net.output])[self.net.output.name]
+
+    def trace(self, x: npt.NDArray[np.float32]) -> dict[str, Codes]:
+        """Codes of every tensor by op name, for real inputs `(batch, *input shape)`."""
+        return self._run(x, self.net.ops)
+
+    def _run(self, x: npt.NDArray[np.float32], ops: Sequence[Op]) -> dict[str, Codes]:
+        # QKeras quantizes as x + (q - x), which rounds where |x| is many times |q|. Values beyond twice the
+        # threshold saturate alike, so a clip there changes no code.
+        bound = 2.0 ** (self.net.input.format.threshold_log2 + 1)
+        x = np.clip(x, -bound, bound)
+        with _floatx(float_type(self.net)) as keras:
+            outputs = {op.name: self.model.get_layer(layer_name(op)).output for op in ops}
+            model = keras.Model(self.model.input, outputs)
+            batches = [model(x[i : i + BATCH]) for i in range(0, len(x), BATCH)]
+        return {
+            op.name: to_codes(np.concatenate([b[op.name] for b in batches]), self.net.formats[op.name], op.name)
+            for op in ops
+        }
+
+
+def _significant_bits(net: QNet, op: Op) -> int:
+    """Bits of the largest number that the float computation of `op` meets, on the finest grid that it meets."""
+    match op:
+        case Input():
+            return op.format.width
+        case Quantize():  # x + (q - x) on the finer of the two grids
+            source = net.formats[op.source]
+            return max(op.format.width, source.width + max(0, op.format.frac - source.frac))
+        case Dense() | Conv2d():
+            return net.partial_sum_bits(op)
+        case MaxPool2d() | Flatten():
+            return 0
+        case _:
+            assert_never(op)
+
+
+def _apply(net: QNet, op: Op, tensors: dict[str, Any], inputs: Any, keras: Any, dtype: FloatType) -> Any:
+    import qkeras
+
+    match op:
+        case Input():
+            return _activation(op, _bits_text(op, op.format))(inputs)
+        case Quantize():
+            relu = net.formats[op.source].signed and not op.format.signed
+            # quantized_relu computes in float32 whatever the model's type; quantized_bits is the same function
+            if relu and dtype == "float32":
+                text = f"quantized_relu({op.format.width},{op.format.threshold_log2})"
+            else:
+                text = _bits_text(op, op.format)
+            return _activation(op, text)(tensors[op.source])
+        case Dense():
+            return qkeras.QDense(op.weight.shape[1], name=op.name, **_quantizers(net, op))(tensors[op.source])
+        case Conv2d():
+            x, padding = tensors[op.source], _padding_name(op, net.shapes[op.source])
+            if padding is None:
+                x = keras.layers.ZeroPadding2D(op.padding, name=f"{op.name}_padding")(x)
+            *kernel, _, filters = op.weight.shape
+            return qkeras.QConv2D(filters, kernel, op.stride, padding or "valid", name=op.name, **_quantizers(net, op))(
+                x
+            )
+        case MaxPool2d():
+            return keras.layers.MaxPooling2D(op.window, op.stride, name=op.name)(tensors[op.source])
+        case Flatten():
+            return keras.layers.Flatten(name=op.name)(tensors[op.source])
+        case _:
+            assert_never(op)
+
+
+def _bits_text(op: Op, format: Fixed) -> str:
+    if format.signed and format.width == 1:
+        raise InvalidInput(f"op {op.name!r}: QKeras has no signed format of one bit: use two bits or an unsigned one")
+    return f"quantized_bits({format.width},{format.threshold_log2},0,{int(format.signed)},1)"
+
+
+def _activation(op: Op, text: str) -> Any:
+    import qkeras
+
+    layer = qkeras.QActivation(text, name=layer_name(op))
+    if _is_computable(layer.quantizer.integer):
+        return layer
+    from hmq_fpga.deploy import qkeras_small
+
+    return qkeras_small.QActivation(text, name=layer_name(op))
+
+
+def _quantizers(net: QNet, op: Linear) -> dict[str, Any]:
+    return {
+        "kernel_quantizer": _constant_quantizer(op.weight_format),
+        "bias_quantizer": _constant_quantizer(net.bias_format(op)),
+        "kernel_initializer": "zeros",
+    }
+
+
+def _constant_quantizer(format: Fixed) -> Any:
+    """The quantizer of constants: of one signed bit, `{-step, 0}`, which QKeras takes for ±1, it has two."""
+    import qkeras
+
+    from hmq_fpga.deploy import qkeras_small
+
+    width = max(format.width, 1 + format.signed)
+    integer = width - format.signed - format.frac
+    module = qkeras if _is_computable(integer) else qkeras_small
+    return module.quantized_bits(width, integer, symmetric=0, keep_negative=int(format.signed), alpha=1)
+
+
+def _is_computable(integer: int) -> bool:
+    """Whether QKeras can compute `2**integer` on int32."""
+    return 0 <= integer <= 30
+
+
+def _padding_name(op: Conv2d, source: Shape) -> str | None:
+    """The name that Keras has for a convolution's padding, if any."""
+    if op.padding == ((0, 0), (0, 0)):
+        return "valid"
+    same: Padding = tuple(  # type: ignore[assignment]
+        (total // 2, total - total // 2)
+        for n, k, s in zip(source, op.weight.shape, op.stride, strict=False)
+        for total in [max((-(-n // s) - 1) * s + k - n, 0)]
+    )
+    return "same" if op.padding == same else None
+
+
+@contextmanager
+def _floatx(dtype: FloatType) -> Iterator[Any]:
+    """Keras, with `dtype` as its default type, which QKeras's quantizers cast to; restored afterwards."""
+    keras = tensorflow().keras
+    before = keras.backend.floatx()
+    keras.backend.set_floatx(dtype)
+    try:
+        yield keras
+    finally:
+        keras.backend.set_floatx(before)

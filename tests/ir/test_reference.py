@@ -1,0 +1,187 @@
+"""The reference against plain loops over Python integers and fractions."""
+
+from fractions import Fraction
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.testing import assert_array_equal
+
+from hmq_fpga.ir import reference
+from hmq_fpga.ir.errors import InvalidInput
+from hmq_fpga.ir.fixed import Fixed
+from hmq_fpga.ir.network import Conv2d, Dense, Flatten, Input, MaxPool2d, Op, QNet, Quantize
+from tests.strategies import SEEDS, inputs, qnets
+
+Values = dict[tuple[int, ...], Fraction]  # one sample's values by position
+
+
+def rounded(value: Fraction, format_: Fixed) -> Fraction:
+    """Half to even, saturating."""
+    step = 1 / Fraction(2) ** format_.frac
+    bits = format_.width - format_.signed
+    return step * min(max(round(value / step), -(2**bits) if format_.signed else 0), 2**bits - 1)
+
+
+def slowly(op: Op, x: Values, shape: tuple[int, ...], frac: int) -> Values:
+    """One op on exact values; `shape` is its output's, `frac` its bias's."""
+    positions = list(product(*map(range, shape)))
+    match op:
+        case Quantize():
+            return {p: rounded(x[p], op.format) for p in positions}
+        case Dense():
+            return {
+                (*p, j): Fraction(int(op.bias[j])) / Fraction(2) ** frac
+                + sum(x[(*p, i)] * weight(op, (i, j)) for i in range(len(op.weight)))
+                for *p, j in positions
+            }
+        case Conv2d():
+            (top, _), (left, _) = op.padding
+            height, width, channels, _ = op.weight.shape
+            return {
+                (r, c, j): Fraction(int(op.bias[j])) / Fraction(2) ** frac
+                + sum(
+                    x.get((r * op.stride[0] + dr - top, c * op.stride[1] + dc - left, i), Fraction(0))
+                    * weight(op, (dr, dc, i, j))
+                    for dr, dc, i in product(range(height), range(width), range(channels))
+                )
+                for r, c, j in positions
+            }
+        case MaxPool2d():
+            return {
+                (r, c, j): max(
+                    x[r * op.stride[0] + dr, c * op.stride[1] + dc, j] for dr, dc in product(*map(range, op.window))
+                )
+                for r, c, j in positions
+            }
+        case Flatten():
+            return {(i,): value for i, (_, value) in enumerate(sorted(x.items()))}
+    raise AssertionError(op)
+
+
+def weight(op: Dense | Conv2d, index: tuple[int, ...]) -> Fraction:
+    return Fraction(int(op.weight[index])) / Fraction(2) ** op.weight_format.frac
+
+
+def run_slowly(net: QNet, sample: np.ndarray) -> dict[str, Values]:
+    """Exact values of every tensor."""
+    tensors = {net.input.name: {p: rounded(Fraction(v), net.input.format) for p, v in np.ndenumerate(sample)}}
+    for op in net.ops[1:]:
+        tensors[op.name] = slowly(op, tensors[op.source], net.shapes[op.name], net.formats[op.name].frac)
+    return tensors
+
+
+def assert_equals_loops(net: QNet, x: np.ndarray) -> None:
+    traced = reference.trace(net, x)
+    assert list(traced) == [op.name for op in net.ops]
+    for i, sample in enumerate(x):
+        for name, values in run_slowly(net, sample).items():
+            expected = np.empty(net.shapes[name], dtype=np.int64)
+            for position, value in values.items():
+                code = value * Fraction(2) ** net.formats[name].frac
+                assert code.denominator == 1, f"{name} is not on its grid"
+                expected[position] = code
+            assert net.formats[name].contains(expected), f"{name} exceeds its format"
+            assert_array_equal(traced[name][i], expected, err_msg=name)
+    assert_array_equal(reference.run(net, x), traced[net.output.name])
+
+
+@settings(max_examples=60)
+@given(qnets(), SEEDS)
+def test_equals_plain_loops(net: QNet, seed: int) -> None:
+    assert_equals_loops(net, inputs(net, 2, seed))
+
+
+def test_dense_over_channels_and_pooling_of_negative_sums() -> None:
+    """What networks of a search do not contain, but a QNet may."""
+    rng = np.random.default_rng(0)
+    weight_format = Fixed(signed=True, width=4, frac=1)
+    net = QNet(
+        (
+            Input(name="x", shape=(4, 5, 3), format=Fixed(signed=True, width=5, frac=-2)),
+            Dense(
+                name="mix",
+                source="x",
+                weight=rng.integers(-8, 8, (3, 2)),
+                weight_format=weight_format,
+                bias=rng.integers(-500, 0, 2),
+            ),
+            MaxPool2d(name="pool", source="mix", window=(3, 2), stride=(1, 2)),
+            Flatten(name="flat", source="pool"),
+        )
+    )
+    assert_equals_loops(net, rng.normal(scale=40, size=(5, 4, 5, 3)))
+
+
+def test_a_1x1_image_padded_on_one_side() -> None:
+    weight_format = Fixed(signed=True, width=3, frac=0)
+    net = QNet(
+        (
+            Input(name="x", shape=(1, 1, 1), format=Fixed(signed=False, width=3, frac=0)),
+            Conv2d(
+                name="conv",
+                source="x",
+                weight=np.array([[1, 2], [3, -4]]).reshape(2, 2, 1, 1),
+                weight_format=weight_format,
+                bias=np.array([10]),
+                stride=(1, 1),
+                padding=((1, 0), (0, 1)),
+            ),
+        )
+    )
+    assert_array_equal(reference.run(net, np.full((1, 1, 1, 1), 5.0)), [[[[10 + 3 * 5]]]])
+
+
+@given(SEEDS, st.integers(1, 6))
+def test_sums_beyond_float64_are_exact(seed: int, n: int) -> None:
+    rng = np.random.default_rng(seed)
+    source, weight_format = Fixed(signed=True, width=29, frac=0), Fixed(signed=True, width=28, frac=3)
+    weight_codes = rng.integers(weight_format.lo, weight_format.hi, (n, 1), endpoint=True)
+    weight_codes[0, 0] = weight_format.hi
+    net = QNet(
+        (
+            Input(name="x", shape=(n,), format=source),
+            Dense(name="fc", source="x", weight=weight_codes, weight_format=weight_format, bias=np.array([1])),
+        )
+    )
+    assert net.partial_sum_bits(net.linears[0]) > 53
+    x = rng.integers(source.lo, source.hi, (3, n), endpoint=True)
+    expected = [[sum(int(a) * int(b) for a, b in zip(row, weight_codes[:, 0], strict=True)) + 1] for row in x]
+    assert_array_equal(reference.run(net, x.astype(np.float64)), expected)
+
+
+def test_float64_would_round_where_integers_are_used() -> None:
+    x = np.array([[2**29 - 1, 1]])
+    w = np.array([[2**28 - 1], [1]])
+    exact = (2**29 - 1) * (2**28 - 1) + 1
+    assert reference._matmul(x, w, 58)[0, 0] == exact
+    assert reference._matmul(x, w, 53)[0, 0] != exact
+
+
+@given(qnets(images=st.just(False)), SEEDS)
+def test_integer_and_float64_products_agree(net: QNet, seed: int) -> None:
+    x = net.encode(inputs(net, 8, seed))
+    op = net.linears[0]
+    assert_array_equal(reference._matmul(x, op.weight, 54), reference._matmul(x, op.weight, 53))
+
+
+def test_batches_do_not_change_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = QNet(
+        (
+            Input(name="x", shape=(2,), format=Fixed(signed=True, width=8, frac=4)),
+            Quantize(name="q", source="x", format=Fixed(signed=False, width=3, frac=1)),
+        )
+    )
+    x = np.random.default_rng(0).normal(scale=4, size=(10, 2))
+    whole = reference.run(net, x)
+    monkeypatch.setattr(reference, "BATCH", 3)
+    assert_array_equal(reference.run(net, x), whole)
+    assert reference.run(net, x[:0]).shape == (0, 2)
+
+
+def test_channels_first_input_is_refused() -> None:
+    net = QNet((Input(name="x", shape=(4, 4, 1), format=Fixed(signed=False, width=1, frac=0)),))
+    with pytest.raises(InvalidInput, match="channels last"):
+        reference.run(net, np.zeros((2, 1, 4, 4)))
