@@ -20,7 +20,7 @@ import torch
 
 from hmq_fpga.ir import cost, reference
 from hmq_fpga.search.graph import freeze, instrument
-from hmq_fpga.search.methods import search
+from hmq_fpga.search.methods import find_scheme
 from hmq_fpga.search.target import Target
 from hmq_fpga.search.train import finetune, fit
 from hmq_fpga.study.data import channels_last
@@ -77,7 +77,9 @@ def _train(name: str, method: str, rates: list[float], seed: int, nets: Path) ->
     float_accuracy = float(np.mean(outputs.argmax(1) == dataset.y_test))
     for rw in rates:
         quantized = instrument(model, training.input_shape, input_signed=training.input_signed)
-        quantized, scheme, _ = search(quantized, training, budget, Target(weight_rate=rw), method=method, seed=seed)
+        quantized, scheme, _ = find_scheme(
+            quantized, training, budget, Target(weight_rate=rw), method=method, seed=seed
+        )
         finetune(quantized, training, steps=budget.finetune_steps, learning_rate=budget.learning_rate, seed=seed)
         net = freeze(quantized)
         net.save(_net_folder(nets, name, method, rw, seed))

@@ -1,8 +1,8 @@
 """From a PyTorch model to a bit-exact hls4ml project, by HMQ mixed-precision quantization.
 
-The public names, in the order of the road: data and training, instrumentation, search, fine-tuning, the integer network,
-its back ends, and the proof that they agree. Each is imported on first use, so that neither torch nor TensorFlow loads
-before it is needed.
+The public names, in the order of the road: data and training, instrumentation, search, fine-tuning, the integer
+network, its back ends, and the proof that they agree. Each is imported on first use, so that neither torch nor
+TensorFlow loads before it is needed.
 """
 
 from importlib import import_module
@@ -18,7 +18,7 @@ _HOME = {
     "fit": "hmq_fpga.search.train:fit",
     "instrument": "hmq_fpga.search.graph:instrument",
     "Target": "hmq_fpga.search.target:Target",
-    "search": "hmq_fpga.search.methods:search",
+    "find_scheme": "hmq_fpga.search.methods:find_scheme",
     "finetune": "hmq_fpga.search.train:finetune",
     "freeze": "hmq_fpga.search.graph:freeze",
     "Fixed": "hmq_fpga.ir.fixed:Fixed",

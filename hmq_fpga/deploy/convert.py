@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hmq_fpga.deploy.hls import HlsProject
-from hmq_fpga.deploy.qkeras_model import to_qkeras
+from hmq_fpga.deploy.qkeras_model import save, to_qkeras
 from hmq_fpga.deploy.toolchain import GXX
 from hmq_fpga.ir import reference
 from hmq_fpga.ir.errors import InvalidInput
@@ -26,7 +26,7 @@ def convert(net: QNet, folder: Path, samples: np.ndarray[Any, Any] | None = None
         settings: of `HlsProject.create`.
     """
     (folder / "qkeras").mkdir(parents=True)
-    to_qkeras(net).save(folder / "qkeras" / "model.keras")
+    save(to_qkeras(net), folder / "qkeras" / "model.keras")
     project = HlsProject.create(net, folder / "hls", **settings)
     if samples is not None:
         project.write_tb_data(samples, reference.run(net, samples))

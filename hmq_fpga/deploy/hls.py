@@ -17,7 +17,6 @@ import re
 import shutil
 import subprocess
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -27,12 +26,12 @@ from typing import Any, ClassVar, Literal, assert_never, get_args
 import numpy as np
 import numpy.typing as npt
 
-from hmq_fpga.deploy.parity import to_codes
-from hmq_fpga.deploy.qkeras_model import layer_name, to_qkeras
+from hmq_fpga.deploy.parity import ParityError, to_codes
+from hmq_fpga.deploy.qkeras_model import layer_name, quiet, to_qkeras
 from hmq_fpga.deploy.toolchain import GXX
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Codes, Fixed
-from hmq_fpga.ir.network import Conv2d, Dense, Flatten, Input, MaxPool2d, QNet, Quantize, Shape
+from hmq_fpga.ir.network import Conv2d, Dense, Flatten, Input, MaxPool2d, Op, QNet, Quantize, Shape, source_of
 
 Backend = Literal["Vitis", "Vivado"]
 IoType = Literal["io_parallel", "io_stream"]
@@ -115,6 +114,8 @@ class HlsProject:
         for value, choices in ((backend, Backend), (io_type, IoType), (strategy, Strategy)):
             if value not in get_args(choices):
                 raise InvalidInput(f"{value!r} is none of {', '.join(get_args(choices))}")
+        if io_type == "io_stream":
+            _check_streams(net)
         GXX.require()
         folder.parent.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -174,9 +175,9 @@ class HlsProject:
 
     def predict(self, x: npt.NDArray[np.float32]) -> Codes:
         """Output codes `(batch, *output shape)` for real inputs `(batch, *input shape)`, channels last."""
-        output = self.tensors[-1]
+        output, samples = self.tensors[-1], self._samples(x)
         values = np.zeros((len(x), *output.shape))
-        for sample, result in zip(self._samples(x), values, strict=True):
+        for sample, result in zip(samples, values, strict=True):
             self._call(self._library, sample, result)
         return to_codes(values, output.format, output.op)
 
@@ -264,6 +265,9 @@ def expected_types(net: QNet) -> Types:
 
     Activations and the input round half to even and saturate. Constants need no rounding, accumulators and
     linear results are exact, and whatever only moves values keeps its source's type.
+
+    A linear result is wider than its accumulator only where it is far below the next quantizer's step, as when all
+    weights are zero: `ap_fixed` reads the bit half a step below, and fails an assertion where that is none of its own.
     """
     types: Types = {}
     for op in net.ops:
@@ -271,14 +275,40 @@ def expected_types(net: QNet) -> Types:
             case Input() | Quantize():
                 types[op.name] = {"result": str(op.format)}
             case Dense() | Conv2d():
-                exact = _exact_type(net.formats[op.name])
-                weight, bias = _exact_type(op.weight_format), _exact_type(net.bias_format(op))
-                types[op.name] = {"result": exact, "weight": weight, "bias": bias, "accum": exact}
+                exact = net.formats[op.name]
+                types[op.name] = {
+                    "result": _exact_type(replace(exact, width=max(exact.width, exact.frac - _next_frac(net, op)))),
+                    "weight": _exact_type(op.weight_format),
+                    "bias": _exact_type(net.bias_format(op)),
+                    "accum": _exact_type(exact),
+                }
             case MaxPool2d() | Flatten():
                 types[op.name] = {"result": types[op.source]["result"]}
             case _:
                 assert_never(op)
     return types
+
+
+def _next_frac(net: QNet, op: Op) -> int:
+    """Fraction of the coarsest quantizer that reads an op's tensor, directly or after it was moved; else its own."""
+    fracs = [net.formats[op.name].frac]
+    for reader in net.ops:
+        if source_of(reader) == op.name:
+            if isinstance(reader, Quantize):
+                fracs.append(reader.format.frac)
+            elif isinstance(reader, MaxPool2d | Flatten):
+                fracs.append(_next_frac(net, reader))
+    return min(fracs)
+
+
+def _check_streams(net: QNet) -> None:
+    """Refuse what ends hls4ml's generated code in a failed assertion, which would end this process too."""
+    for op in net.ops:
+        if isinstance(op, MaxPool2d) and op.stride != op.window:
+            raise InvalidInput(
+                f"op {op.name!r}: hls4ml's io_stream cannot pool windows of {op.window} at a stride of {op.stride}: "
+                "use io_parallel"
+            )
 
 
 def _exact_type(format: Fixed) -> str:
@@ -337,7 +367,7 @@ class _KerasView:
 
 def _convert(net: QNet, model: dict[str, Any], **options: Any) -> Any:
     """hls4ml's graph of the network's QKeras model."""
-    with _quiet():
+    with _logged():
         keras_model = to_qkeras(net)
         from hls4ml.converters import convert_from_keras_model
 
@@ -376,10 +406,11 @@ def _write(graph: Any, project: HlsProject) -> None:
     """Write hls4ml's project, free of paths, times and random names."""
     config = graph.config.config
     del config["KerasModel"]  # hls4ml would save a second copy of the Keras model
-    with _quiet():
+    with _logged():
         graph.write()
     stamp = {config["Stamp"]: project.digest[:8]}
-    _replace(project.folder / "build_lib.sh", stamp)
+    # An assertion that fails would end this process, and `ap_fixed` asserts a bit that it then does not use
+    _replace(project.folder / "build_lib.sh", {**stamp, "-fPIC": "-fPIC -DNDEBUG"})
     _replace(project.folder / "hls4ml_config.yml", {**stamp, re.escape(config["OutputDir"]): "."})
     # The testbench writes results with 6 digits: too few to tell codes apart
     _replace(project.folder / f"{project.top}_test.cpp", {r"std::ofstream fout\(.*": r"\g<0>\n    fout.precision(17);"})
@@ -405,7 +436,7 @@ def _compiled(folder: Path, top: str) -> ctypes.CDLL:
     compiler = GXX.require()
     for text in sorted((folder / "firmware" / "weights").glob("*.txt")):
         if f"{{{text.read_text()}}};" not in text.with_suffix(".h").read_text():
-            raise RuntimeError(f"{text} differs from {text.stem}.h: the C simulation would not be what is synthesized")
+            raise ParityError(f"{text} differs from {text.stem}.h: the C simulation would not be what is synthesized")
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "g++").symlink_to(compiler)  # the script's name for the compiler
         environment = {**os.environ, "PATH": f"{scratch}{os.pathsep}{os.environ['PATH']}"}
@@ -434,11 +465,10 @@ def _write_rows(path: Path, values: npt.NDArray[np.floating[Any]]) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Send what hls4ml prints to the log, and drop Keras's remark that a QKeras quantizer is no constraint."""
+def _logged() -> Iterator[None]:
+    """Send what hls4ml prints to the log."""
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r".*keras\.constraints\.serialize")
+    with contextlib.redirect_stdout(printed), quiet():
         yield
     for line in printed.getvalue().splitlines():
         log.debug("%s", line)

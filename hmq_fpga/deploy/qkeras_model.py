@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Literal, assert_never
 
 import numpy as np
@@ -22,14 +24,15 @@ FloatType = Literal["float32", "float64"]
 
 
 def tensorflow() -> Any:
-    """TensorFlow, without its log noise and without the rewrites by which oneDNN changes the arithmetic.
+    """TensorFlow, imported without noise and without the rewrites by which oneDNN changes the arithmetic.
 
-    Both are decided when TensorFlow is first imported, so nothing in the package imports it in another way.
+    That is decided when it is first imported, so nothing in the package imports it in another way.
     """
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    import tensorflow
-
+    with quiet():
+        import qkeras  # noqa: F401
+        import tensorflow
     return tensorflow
 
 
@@ -45,7 +48,7 @@ def to_qkeras(net: QNet) -> Any:
     """
     dtype = float_type(net)
     tensors: dict[str, Any] = {}
-    with _floatx(dtype) as keras:
+    with _floatx(dtype) as keras, quiet():
         source = keras.Input(net.input.shape, dtype=dtype, name=f"{net.input.name}_values")
         for op in net.ops:
             tensors[op.name] = _apply(net, op, tensors, source, keras, dtype)
@@ -54,6 +57,24 @@ def to_qkeras(net: QNet) -> Any:
             values = op.weight_format.decode(op.weight), net.bias_format(op).decode(op.bias)
             model.get_layer(op.name).set_weights(values)
     return model
+
+
+def save(model: Any, path: Path) -> None:
+    """Write a QKeras model to a `.keras` file; `tf.keras.models.load_model` reads it, with QKeras installed.
+
+    Thresholds below one take this package as well (see `qkeras_small`): it must be installed, not imported.
+    """
+    with quiet():
+        model.save(path)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No deprecation notices of QKeras's dependencies, nor Keras's that a quantizer is serialized as a constraint."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", message=r".*keras\.constraints\.serialize")
+        yield
 
 
 def layer_name(op: Op) -> str:

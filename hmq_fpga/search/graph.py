@@ -317,6 +317,8 @@ def instrument(model: nn.Module, input_shape: tuple[int, ...], *, input_signed: 
         InvalidInput: when the model cannot be traced, holds NaN, or does not take `input_shape`.
     """
     model = copy.deepcopy(model).float().eval()
+    if type(model) in _READERS:  # torch.fx would look inside a lone layer
+        model = nn.Sequential(model)
     for name, value in model.state_dict().items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise InvalidInput(f"model: {name} holds NaN or infinity; train it again or load another checkpoint")

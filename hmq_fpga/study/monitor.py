@@ -8,13 +8,14 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from hmq_fpga.search.train import Listener
+if TYPE_CHECKING:
+    from hmq_fpga.search.train import Listener
 
 REDRAW_S = 0.1
 

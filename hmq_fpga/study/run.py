@@ -27,7 +27,7 @@ from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.network import QNet
 from hmq_fpga.ir.scheme import Scheme
 from hmq_fpga.search.graph import freeze, instrument, run_codes
-from hmq_fpga.search.methods import make_options, search
+from hmq_fpga.search.methods import find_scheme, make_options
 from hmq_fpga.search.target import Target
 from hmq_fpga.search.train import Listener, finetune, fit
 from hmq_fpga.study import page
@@ -266,7 +266,7 @@ class _Run:
     def search(self, new: Path) -> dict[str, Any]:
         _load(self.model, self.folder / "float.pt")
         config = self.config
-        model, scheme, history = search(
+        model, scheme, history = find_scheme(
             self.instrumented(),
             self.training,
             self.budget,

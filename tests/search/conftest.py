@@ -6,6 +6,8 @@ from torch import nn
 
 from hmq_fpga.search.train import Budget, Task, fit
 
+torch.set_num_threads(1)  # more only slow such small networks down
+
 
 @pytest.fixture(scope="session")
 def digits() -> Task:

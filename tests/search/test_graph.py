@@ -31,6 +31,7 @@ class Functional(nn.Module):
 
 
 MODELS = {
+    "lone layer": (lambda: nn.Linear(6, 5), (6,)),
     "mlp": (lambda: nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)), (6,)),
     "linear after linear": (lambda: nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4, bias=False)), (6,)),
     "folded": (

@@ -9,7 +9,7 @@ from hmq_fpga.ir import cost, reference
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.search.calibrate import max_thresholds_log2
 from hmq_fpga.search.graph import freeze, instrument, run_codes
-from hmq_fpga.search.methods import METHODS, search
+from hmq_fpga.search.methods import METHODS, find_scheme
 from hmq_fpga.search.methods.hmq import HmqOptions, Schedule
 from hmq_fpga.search.target import Target, cheapest_bits, meets
 from hmq_fpga.search.train import Budget, Recorder, evaluate, finetune, fit
@@ -22,7 +22,7 @@ def instrumented(mlp, digits):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("rate", [4, 8, 16])
 def test_every_method_keeps_its_promise_and_stays_exact(method, rate, mlp, digits, budget):
-    model, scheme, _ = search(instrumented(mlp, digits), digits, budget, Target(weight_rate=rate), method=method)
+    model, scheme, _ = find_scheme(instrumented(mlp, digits), digits, budget, Target(weight_rate=rate), method=method)
     assert rate <= cost.weight_rate(scheme) <= 1.1 * rate
     assert cost.activation_rate(scheme) >= 4
     assert scheme.found_by["method"] == method
@@ -38,7 +38,7 @@ def test_every_method_keeps_its_promise_and_stays_exact(method, rate, mlp, digit
 @pytest.mark.parametrize("rate", [5, 6.5, 10, 12, 15.5])
 def test_hmq_rates_between_the_uniform_ones(rate, mlp, digits):
     short = Budget(search_steps=150)
-    _, scheme, history = search(instrumented(mlp, digits), digits, short, Target(weight_rate=rate))
+    _, scheme, history = find_scheme(instrumented(mlp, digits), digits, short, Target(weight_rate=rate))
     assert rate <= cost.weight_rate(scheme) <= 1.1 * rate
     assert history["step"][-1] == 150
     assert all(len(values) == len(history["step"]) for values in history.values())
@@ -48,7 +48,7 @@ def test_search_is_reproducible_and_depends_on_the_seed(mlp, digits):
     short = Budget(search_steps=150)
 
     def weights(seed):
-        return search(instrumented(mlp, digits), digits, short, Target(), seed=seed)[0].layers[0].weight
+        return find_scheme(instrumented(mlp, digits), digits, short, Target(), seed=seed)[0].layers[0].weight
 
     assert torch.equal(weights(0), weights(0))
     assert not torch.equal(weights(0), weights(1))
@@ -109,18 +109,18 @@ def test_unreachable_targets(settings, message):
 )
 def test_bad_options(method, options, message, mlp, digits, budget):
     with pytest.raises(InvalidInput, match=message):
-        search(instrumented(mlp, digits), digits, budget, Target(), method=method, options=options)
+        find_scheme(instrumented(mlp, digits), digits, budget, Target(), method=method, options=options)
 
 
 def test_too_short_a_search_is_refused(mlp, digits):
     with pytest.raises(InvalidInput, match="search_steps = 100: hmq needs at least 150"):
-        search(instrumented(mlp, digits), digits, Budget(search_steps=100), Target())
+        find_scheme(instrumented(mlp, digits), digits, Budget(search_steps=100), Target())
 
 
 def test_repair_is_recorded(mlp, digits):
     """Logits that cannot move leave all weights at 8 bits; the promise is kept all the same."""
     options = {"logit_learning_rate": 1e-9}
-    _, scheme, _ = search(
+    _, scheme, _ = find_scheme(
         instrumented(mlp, digits), digits, Budget(search_steps=150), Target(weight_rate=12), options=options
     )
     assert 12 <= cost.weight_rate(scheme) <= 13.2

@@ -43,7 +43,7 @@ def make_options(method: str, settings: Mapping[str, Any]) -> Any:
     return METHODS[method].options(**settings)
 
 
-def search(
+def find_scheme(
     model: QModel,
     task: Task,
     budget: Budget,

@@ -1,0 +1,210 @@
+import re
+import shutil
+
+import numpy as np
+import pytest
+from conftest import Builder, scheme
+from numpy.testing import assert_array_equal
+
+from hmq_fpga.deploy.hls import HlsProject, expected_types
+from hmq_fpga.deploy.parity import ParityError, check
+from hmq_fpga.deploy.qkeras_model import QKerasSimulator
+from hmq_fpga.deploy.toolchain import ToolMissing
+from hmq_fpga.ir import reference
+from hmq_fpga.ir.errors import InvalidInput
+from hmq_fpga.ir.network import Conv2d, Dense, Flatten, Input, MaxPool2d, Quantize
+
+PROJECTS = {
+    "mlp-parallel": ("mlp", {}),
+    "mlp-stream": ("mlp", {"io_type": "io_stream", "backend": "Vivado", "strategy": "Resource", "reuse_factor": 2}),
+    "cnn-parallel": ("cnn", {}),
+    "cnn-stream": ("cnn", {"io_type": "io_stream"}),
+}
+
+
+@pytest.fixture(scope="module", params=PROJECTS)
+def made(request, tmp_path_factory):
+    fixture, options = PROJECTS[request.param]
+    net = request.getfixturevalue(fixture)
+    return net, HlsProject.create(net, tmp_path_factory.mktemp("hls") / "project", **options)
+
+
+def test_qkeras_and_c_simulation_equal_the_reference(made, samples):
+    net, project = made
+    x = samples(net)
+    parity = check(net, [QKerasSimulator(net), HlsProject.load(project.folder)], x)
+    assert parity.passed, parity.to_json()
+    assert [c.values for c in parity.simulators.values()] == 2 * [reference.run(net, x).size]
+
+
+def _typedefs(folder):
+    """From `defines.h` and `parameters.h` alone: type names to types, and layer names to their `config` structs."""
+    firmware = folder / "firmware"
+    types = {
+        name: re.search(r"ap_\w+<[^>]*>", kind)[0].replace(",0>", ">").replace(" ", "")
+        for kind, name in re.findall(r"typedef (.*) (\w+);", (firmware / "defines.h").read_text())
+        if "AP_SAT" in kind or "ap_" in kind
+    }
+    calls = re.findall(r"nnet::\w+<(.*), (\w+), (\w+)>\(.*\); // (\w+)", (firmware / "myproject.cpp").read_text())
+    configs = dict(re.findall(r"struct (\w+) : (.*?\n)};", (firmware / "parameters.h").read_text(), re.DOTALL))
+    return types, {layer: (result, configs.get(config, "")) for _, result, config, layer in calls}
+
+
+def test_the_types_in_the_files_are_the_learned_ones(made):
+    net, project = made
+    types, layers = _typedefs(project.folder)
+
+    def plain(format_):
+        return f"{'ap_fixed' if format_.signed else 'ap_ufixed'}<{format_.width},{format_.width - format_.frac}>"
+
+    for op in net.ops:
+        match op:
+            case Input():
+                assert types["input_t"] == str(op.format)
+            case Quantize():
+                assert types[layers[op.name][0]] == str(op.format)
+            case MaxPool2d():
+                assert types[layers[op.name][0]] == str(net.formats[op.source])
+            case Dense() | Conv2d():
+                result, config = layers[op.name]
+                accumulator = plain(net.formats[op.name])
+                assert types[result] == accumulator
+                assert types[f"{op.name}_weight_t"] == plain(op.weight_format)
+                assert types[f"{op.name}_bias_t"] == plain(net.bias_format(op))
+                assert types[f"{op.name}_accum_t"] == accumulator
+                for role in ("accum", "weight", "bias"):
+                    assert f"typedef {op.name}_{role}_t {role}_t;" in config
+            case Flatten():
+                pass
+    assert project.types() == expected_types(net)
+
+
+def test_the_same_network_makes_the_same_files(mlp, tmp_path):
+    first, second = (HlsProject.create(mlp, tmp_path / name).folder for name in "ab")
+    files = sorted(f.relative_to(first) for f in first.rglob("*") if f.is_file())
+    assert files == sorted(f.relative_to(second) for f in second.rglob("*") if f.is_file())
+    for file in files:
+        text = (first / file).read_bytes()
+        assert text == (second / file).read_bytes(), file
+        assert str(tmp_path).encode() not in text, file
+
+
+def test_an_existing_project_is_replaced_as_a_whole(mlp, tmp_path):
+    folder = tmp_path / "hls"
+    HlsProject.create(mlp, folder, project_name="older")
+    HlsProject.create(mlp, folder, project_name="newer")
+    assert (folder / "firmware" / "newer.cpp").exists()
+    assert not (folder / "firmware" / "older.cpp").exists()
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_test_bench_data_keep_every_digit(mlp, samples, tmp_path):
+    project = HlsProject.create(mlp, tmp_path / "hls")
+    x = samples(mlp)
+    project.write_tb_data(x, reference.run(mlp, x))
+    written = np.loadtxt(project.folder / "tb_data" / "tb_input_features.dat")
+    assert_array_equal(written.astype(np.float32), x)
+    predictions = np.loadtxt(project.folder / "tb_data" / "tb_output_predictions.dat")
+    assert_array_equal(predictions, mlp.decode(reference.run(mlp, x)))
+
+
+def _rewrite(path, pattern, replacement):
+    text, count = re.subn(pattern, replacement, path.read_text())
+    assert count == 1, (path, pattern, count)
+    path.write_text(text)
+
+
+class FromTrace:
+    """A project whose output is taken from its trace: one compilation for both."""
+
+    def __init__(self, project):
+        self.name, self.trace, self.output = project.name, project.trace, project.tensors[-1].op
+
+    def predict(self, x):
+        return self.trace(x)[self.output]
+
+
+FAULTS = {
+    "truncation": ("relu1", r"(typedef ap_ufixed<4,-1,AP_)RND_CONV", r"\1TRN"),
+    "wrong type": ("identity2", r"typedef ap_fixed<4,2,(AP_RND_CONV,AP_SAT)", r"typedef ap_fixed<4,3,\1"),
+}
+
+
+@pytest.fixture(scope="module")
+def intact(mlp, tmp_path_factory):
+    return HlsProject.create(mlp, tmp_path_factory.mktemp("faults") / "intact").folder
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_changed_type_is_caught_and_named(fault, mlp, samples, intact, tmp_path):
+    tensor, pattern, replacement = FAULTS[fault]
+    shutil.copytree(intact, tmp_path / "hls")
+    _rewrite(tmp_path / "hls" / "firmware" / "defines.h", pattern, replacement)
+    parity = check(mlp, [FromTrace(HlsProject.load(tmp_path / "hls"))], samples(mlp))
+    assert not parity.passed
+    assert parity.simulators["csim"].first_difference.tensor == tensor
+
+
+def test_a_changed_weight_is_caught_and_named(mlp, samples, intact, tmp_path):
+    folder = tmp_path / "hls"
+    shutil.copytree(intact, folder)
+    text = folder / "firmware" / "weights" / "w9.txt"  # of fc3
+    first, rest = text.read_text().split(",", 1)
+    other = f"{-float(first) or 16.0}"
+    text.write_text(f"{other},{rest}")
+    with pytest.raises(ParityError, match=r"w9.txt differs from w9.h"):
+        HlsProject.load(folder).compile()
+    _rewrite(text.with_suffix(".h"), rf"{{{re.escape(first)},", f"{{{other},")
+    parity = check(mlp, [HlsProject.load(folder)], samples(mlp))
+    assert not parity.passed
+    assert parity.simulators["csim"].first_difference.tensor == "fc3"
+
+
+def test_a_layer_of_zeros_is_exact(samples, tmp_path):
+    """Its accumulator is one bit, far below the step of the next quantizer."""
+    net = (
+        Builder((4,), scheme(signed=False, bits=4, m=0))
+        .dense("zeros", 3, scheme(signed=True, bits=2, m=-6), bias=0)
+        .quantize("relu", scheme(signed=False, bits=2, m=4))
+        .dense("out", 2, scheme(signed=True, bits=3, m=0))
+    )
+    net.ops[1].weight[:] = 0
+    project = HlsProject.create(net.net, tmp_path / "hls")
+    assert check(net.net, [project], samples(net.net)).passed
+
+
+def test_streams_that_cannot_pool_are_refused(tmp_path):
+    net = Builder((4, 4, 1), scheme(signed=False, bits=4, m=0)).pool("pool", (2, 2), (1, 1)).net
+    with pytest.raises(InvalidInput, match="op 'pool': .*: use io_parallel"):
+        HlsProject.create(net, tmp_path / "hls", io_type="io_stream")
+
+
+def test_unknown_options_are_refused(mlp, tmp_path):
+    with pytest.raises(InvalidInput, match="'vitis' is none of Vitis, Vivado"):
+        HlsProject.create(mlp, tmp_path / "hls", backend="vitis")
+
+
+def test_without_a_compiler_nothing_is_written(mlp, tmp_path, monkeypatch):
+    monkeypatch.setenv("HMQ_FPGA_GXX", "no-such-compiler")
+    with pytest.raises(ToolMissing, match=r"g\+\+ not found, needed to compile the C simulation"):
+        HlsProject.create(mlp, tmp_path / "new" / "hls")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_without_a_project_is_refused(tmp_path):
+    with pytest.raises(InvalidInput, match="not an hls4ml project"):
+        HlsProject.load(tmp_path)
+
+
+def test_what_does_not_compile_is_an_error_with_the_compilers_words(intact, tmp_path):
+    shutil.copytree(intact, tmp_path / "hls")
+    (tmp_path / "hls" / "firmware" / "defines.h").write_text("#error broken on purpose\n")
+    with pytest.raises(RuntimeError, match="broken on purpose"):
+        HlsProject.load(tmp_path / "hls").compile()
+
+
+def test_inputs_that_no_hardware_takes_are_refused(intact):
+    project = HlsProject.load(intact)
+    for x in (np.zeros((1, 5), np.float32), np.full((1, 6), np.nan, np.float32)):
+        with pytest.raises(InvalidInput, match="finite values of shape"):
+            project.predict(x)

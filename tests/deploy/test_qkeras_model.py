@@ -1,0 +1,135 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from numpy.testing import assert_array_equal
+from strategies import inputs, qnets
+
+from hmq_fpga.deploy.qkeras_model import QKerasSimulator, float_type, layer_name, save, tensorflow, to_qkeras
+from hmq_fpga.ir import reference
+from hmq_fpga.ir.errors import InvalidInput
+from hmq_fpga.ir.fixed import Fixed
+from hmq_fpga.ir.network import Dense, Input, QNet, Quantize
+
+LOAD = """
+import sys
+import numpy as np
+import tensorflow as tf
+from qkeras.utils import _add_supported_quantized_objects
+
+objects = {}
+_add_supported_quantized_objects(objects)
+assert "hmq_fpga" not in sys.modules
+model = tf.keras.models.load_model(sys.argv[1], custom_objects=objects)
+np.save(sys.argv[3], model(np.load(sys.argv[2])).numpy())
+"""
+
+
+@given(qnets())
+@settings(max_examples=25)
+def test_equals_the_reference_in_every_tensor(net):
+    x = inputs(net, 20, seed=0).astype(np.float32)
+    expected, actual = reference.trace(net, x), QKerasSimulator(net).trace(x)
+    for op in net.ops:
+        assert_array_equal(actual[op.name], expected[op.name], err_msg=op.name)
+
+
+@pytest.mark.parametrize("fixture", ["mlp", "cnn"])
+def test_far_beyond_the_range_saturates(fixture, samples, request):
+    net = request.getfixturevalue(fixture)
+    x = 1e7 * samples(net)
+    assert_array_equal(QKerasSimulator(net).predict(x), reference.run(net, x))
+
+
+@pytest.mark.parametrize("fixture", ["mlp", "cnn"])
+def test_the_learned_numbers_are_in_the_configuration(fixture, request):
+    net = request.getfixturevalue(fixture)
+    model = to_qkeras(net)
+    for op in net.ops:
+        layer = model.get_layer(layer_name(op))
+        if isinstance(op, Input | Quantize):
+            format_, quantizer = op.format, layer.quantizer
+        elif op in net.linears:
+            format_, quantizer = op.weight_format, layer.kernel_quantizer
+            assert_array_equal(format_.encode(quantizer(layer.kernel)), op.weight)
+        else:
+            continue
+        config = quantizer.get_config()
+        assert (config["bits"], config["integer"]) == (format_.width, format_.threshold_log2)
+        assert config.get("keep_negative", 0) == format_.signed
+        assert config.get("alpha", 1) == 1
+        relu = isinstance(op, Quantize) and not op.format.signed and net.formats[op.source].signed
+        assert type(quantizer).__name__ == ("quantized_relu" if relu else "quantized_bits")
+
+
+def test_paddings_by_their_keras_names(cnn):
+    model = to_qkeras(cnn)
+    assert [model.get_layer(op.name).padding for op in cnn.linears[:-1]] == ["same", "valid", "valid", "valid"]
+    assert model.get_layer("uneven_padding").padding == ((1, 0), (2, 1))
+
+
+def test_saved_model_predicts_the_same_in_a_fresh_process(mlp, samples, tmp_path):
+    model, x = to_qkeras(mlp), samples(mlp)
+    save(model, tmp_path / "model.keras")
+    np.save(tmp_path / "x.npy", x)
+    (tmp_path / "load.py").write_text(LOAD)
+    files = [str(tmp_path / name) for name in ("load.py", "model.keras", "x.npy", "y.npy")]
+    subprocess.run([sys.executable, *files], check=True, cwd=tmp_path, capture_output=True)
+    assert_array_equal(np.load(tmp_path / "y.npy"), model(x).numpy())
+
+
+def _wide(bits: int) -> QNet:
+    """Sums of about `bits` bits, and a quantizer that shows their last one."""
+    half = Fixed(signed=True, width=bits // 2, frac=0)
+    weight = np.array([[half.hi, half.lo], [half.hi - 1, half.lo]])
+    bias, two = np.array([1, -1]), Fixed(signed=True, width=2, frac=0)
+    return QNet(
+        (
+            Input(name="x", shape=(2,), format=Fixed(signed=True, width=bits - bits // 2, frac=0)),
+            Dense(name="fc", source="x", weight=weight, weight_format=half, bias=bias),
+            Quantize(name="relu", source="fc", format=Fixed(signed=False, width=bits, frac=0)),
+            Dense(name="out", source="relu", weight=np.eye(2, dtype=int), weight_format=two, bias=bias),
+        )
+    )
+
+
+def test_sums_beyond_float32_are_float64():
+    net = _wide(40)
+    keras = tensorflow().keras
+    assert float_type(_wide(20)) == "float32"
+    assert float_type(net) == "float64"
+    x = np.random.default_rng(0).integers(-(2**19), 2**19, (200, 2)).astype(np.float32)
+    assert_array_equal(QKerasSimulator(net).predict(x), reference.run(net, x))
+    assert keras.backend.floatx() == "float32"
+
+
+def test_sums_beyond_float64_are_refused():
+    with pytest.raises(InvalidInput, match=r"op '\w+': its sums need 5\d bits"):
+        to_qkeras(_wide(56))
+
+
+def test_floatx_is_restored_after_an_error():
+    net = QNet(
+        (
+            Input(name="x", shape=(1,), format=Fixed(signed=True, width=30, frac=0)),
+            Quantize(name="sign", source="x", format=Fixed(signed=True, width=1, frac=0)),
+        )
+    )
+    with pytest.raises(InvalidInput, match="op 'sign': QKeras has no signed format of one bit"):
+        to_qkeras(net)
+    assert tensorflow().keras.backend.floatx() == "float32"
+
+
+def test_a_bias_of_one_signed_bit_is_kept():
+    format_ = Fixed(signed=False, width=1, frac=0)
+    weight, bias = np.ones((1, 2), dtype=int), np.array([0, -1])
+    net = QNet(
+        (
+            Input(name="x", shape=(1,), format=Fixed(signed=False, width=2, frac=0)),
+            Dense(name="fc", source="x", weight=weight, weight_format=format_, bias=bias),
+        )
+    )
+    x = np.arange(4, dtype=np.float32)[:, None]
+    assert_array_equal(QKerasSimulator(net).predict(x), np.concatenate([x, x - 1], axis=1))

