@@ -38,6 +38,7 @@ io_type = click.option("--io-type", type=click.Choice(["io_parallel", "io_stream
 @click.option("--data", type=click.Path(path_type=Path), help="An .npz file, or a folder of such files.")
 @backend
 @io_type
+@click.option("--estimate", type=click.Choice(["trace", "rtl", "none"]), help="Resources without vendor tools [trace].")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run.")
 @as_json
 def run(what: str, as_json: bool, **given: Any) -> int:

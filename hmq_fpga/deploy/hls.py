@@ -169,7 +169,8 @@ class HlsProject:
 
         Raises:
             ToolMissing: without a C++ compiler.
-            RuntimeError: when the compiler fails, with its last lines.
+            RuntimeError: when the compiler fails, with its first errors.
+            ParityError: when the weights of C simulation and synthesis differ.
         """
         _ = self._library
 
@@ -442,7 +443,8 @@ def _compiled(folder: Path, top: str) -> ctypes.CDLL:
         environment = {**os.environ, "PATH": f"{scratch}{os.pathsep}{os.environ['PATH']}"}
         build = subprocess.run(["bash", "build_lib.sh"], cwd=folder, env=environment, capture_output=True, text=True)
         if build.returncode:
-            raise RuntimeError(f"{folder}: the C simulation does not compile:\n{build.stderr[-2000:]}")
+            errors = [line for line in build.stderr.splitlines() if "error" in line]
+            raise RuntimeError(f"{folder}: the C simulation does not compile: {' '.join(errors[:3])}")
         (library,) = (folder / "firmware").glob(f"{top}-*.so")
         # From a path of its own: the loader would take an older library of the same path for this one
         loaded = ctypes.CDLL(str(shutil.copy(library, scratch)))

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from hmq_fpga.ir import reference
 from hmq_fpga.ir.errors import InvalidInput
-from hmq_fpga.ir.fixed import Codes, Fixed
+from hmq_fpga.ir.fixed import MAX_WIDTH, Codes, Fixed
 from hmq_fpga.ir.network import QNet
 
 TRACED = 16  # differing samples that are traced to find the first tensor that differs
@@ -181,10 +181,10 @@ def to_codes(values: npt.NDArray[np.floating[Any]], format: Fixed, tensor: str) 
         ParityError: when a value is not on the grid, naming the tensor.
     """
     scaled = values.astype(np.float64) * 2.0**format.frac
-    codes = np.rint(np.nan_to_num(scaled)).astype(np.int64)
-    off = codes != scaled
+    off = ~((np.abs(scaled) < 2.0**MAX_WIDTH) & (np.rint(scaled) == scaled))  # NaN too
     if off.any():
-        raise ParityError(f"tensor {tensor!r} holds {values[off].flat[0]!r}, not a multiple of its step {format.step}")
+        raise ParityError(f"tensor {tensor!r} holds {values[off].flat[0]}, not a multiple of its step {format.step}")
+    codes: Codes = scaled.astype(np.int64)
     return codes
 
 

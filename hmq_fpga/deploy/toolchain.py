@@ -135,7 +135,7 @@ def run(
                 start_new_session=True,
             )
         except OSError as error:
-            raise ToolMissing(f"{command[0]}: cannot be started: {error.strerror}") from error
+            raise ToolMissing(f"{command[0]}: cannot be started in {cwd}: {error.strerror}") from error
         lines = _Lines(tail, on_line)
         deadline = time.monotonic() + time_limit_s if time_limit_s is not None else None
         try:

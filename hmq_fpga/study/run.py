@@ -19,8 +19,9 @@ from torch import nn
 
 from hmq_fpga.deploy.convert import convert
 from hmq_fpga.deploy.hls import DEFAULT_PART, HlsProject
-from hmq_fpga.deploy.parity import Parity, check
+from hmq_fpga.deploy.parity import Parity, Simulator, check
 from hmq_fpga.deploy.qkeras_model import QKerasSimulator
+from hmq_fpga.deploy.report import Resources
 from hmq_fpga.deploy.toolchain import GXX
 from hmq_fpga.ir import cost, reference
 from hmq_fpga.ir.errors import InvalidInput
@@ -50,6 +51,8 @@ class RunConfig(BaseModel):
         float_steps, search_steps, finetune_steps: optimizer steps in place of the task's; `float_steps: 0` takes the
             model as the function returns it.
         backend, io_type, part, clock_ns, reuse_factor, strategy: of the hls4ml project.
+        estimate: resources without vendor tools. `trace`: Verilog, and its tracer's own figures; `rtl`: also
+            simulated by Verilator and synthesized by Yosys; `none`.
         out: the run's folder.
     """
 
@@ -73,6 +76,7 @@ class RunConfig(BaseModel):
     clock_ns: float = Field(5.0, gt=0)
     reuse_factor: int = Field(1, ge=1)
     strategy: Literal["Latency", "Resource"] = "Latency"
+    estimate: Literal["trace", "rtl", "none"] = "trace"
     out: Path | None = None
 
     @property
@@ -239,13 +243,20 @@ class _Run:
                 work=self.convert,
             ),
             Stage(
+                name="rtl",
+                settings={"estimate": config.estimate, "part": config.part, "clock_ns": config.clock_ns},
+                needs=("freeze",),
+                makes=("resources.json",),
+                may_make=("rtl",),
+                work=self.rtl,
+            ),
+            Stage(
                 name="parity",
-                settings={"data": self.dataset.digest},
-                needs=("float", "convert"),
+                settings={"data": self.dataset.digest, "estimate": config.estimate},
+                needs=("float", "convert", "rtl"),
                 makes=("parity.json",),
                 work=self.parity,
             ),
-            Stage(name="resources", settings={}, needs=("freeze",), makes=("resources.json",), work=self.resources),
         ]
 
     def train_float(self, new: Path) -> dict[str, Any]:
@@ -342,7 +353,9 @@ class _Run:
 
     def parity(self, new: Path) -> dict[str, Any]:
         dataset = self.dataset
-        parity = compare(self.folder, channels_last(dataset.x_test), dataset.y_test)
+        parity = compare(
+            self.folder, channels_last(dataset.x_test), dataset.y_test, verilog=self.config.estimate == "rtl"
+        )
         write_json(new / "parity.json", parity.to_json())
         _load(self.model, self.folder / "float.pt")
         self.model.eval()
@@ -356,17 +369,38 @@ class _Run:
             "parity_passed": parity.passed,
         }
 
-    def resources(self, new: Path) -> dict[str, Any]:
-        write_json(new / "resources.json", [])
+    def rtl(self, new: Path) -> dict[str, Any]:
+        config, net = self.config, QNet.load(self.folder / "qnet")
+        resources: list[Resources] = []
+        if config.estimate != "none":
+            from hmq_fpga.deploy import rtl
+
+            if rtl.fits(net):
+                project = rtl.RtlProject.create(net, new / "rtl", part=config.part, clock_ns=config.clock_ns)
+                resources.append(project.trace_resources())
+                if config.estimate == "rtl":
+                    resources.append(project.synthesize())
+        write_json(new / "resources.json", [r.to_json() for r in resources])
         return {}
 
 
-def compare(folder: Path, x: np.ndarray[Any, Any], labels: np.ndarray[Any, Any] | None) -> Parity:
-    """Parity of all back ends of a run's folder with its golden model, on inputs `(n, *input shape)`, channels last."""
+def compare(
+    folder: Path, x: np.ndarray[Any, Any], labels: np.ndarray[Any, Any] | None, *, verilog: bool = False
+) -> Parity:
+    """Parity of all back ends of a run's folder with its golden model, on inputs `(n, *input shape)`, channels last.
+
+    The RTL, where there is some, runs in its tracer's interpreter, and with `verilog` as Verilog too.
+    """
     net = QNet.load(folder / "qnet")
-    project = HlsProject.load(folder / "hls")
-    project.compile()
-    return check(net, [QKerasSimulator(net), project], x, labels)
+    simulators: list[Simulator] = [QKerasSimulator(net), HlsProject.load(folder / "hls")]
+    if (folder / "rtl").is_dir():
+        from hmq_fpga.deploy.rtl import RtlProject
+
+        project = RtlProject.load(net, folder / "rtl")
+        simulators.append(project.interpreter())
+        if verilog:
+            simulators.append(project.simulator())
+    return check(net, simulators, x, labels)
 
 
 def compare_again(folder: Path, data: Path | None = None) -> Parity:
@@ -380,7 +414,8 @@ def compare_again(folder: Path, data: Path | None = None) -> Parity:
         raise InvalidInput(f"{folder}: its project was not finished; run it again first")
     config = RunConfig(**record["config"])
     dataset = resolve(config.task).load(data or config.data)
-    return compare(folder, channels_last(dataset.x_test), dataset.y_test)
+    verilog = config.estimate == "rtl"
+    return compare(folder, channels_last(dataset.x_test), dataset.y_test, verilog=verilog)
 
 
 def _metrics(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,6 +35,7 @@ class Stage:
         settings: everything besides earlier stages that decides its outputs; JSON.
         needs: names of the stages whose outputs it reads.
         makes: files and folders that it writes, relative to the run's folder.
+        may_make: more of them, which the stage decides about.
         witnesses: the part of them that is checked for changes, where others may add to a folder.
         work: writes them into the folder that it is given, and returns metrics.
     """
@@ -43,6 +44,7 @@ class Stage:
     settings: Mapping[str, Any]
     needs: tuple[str, ...]
     makes: tuple[str, ...]
+    may_make: tuple[str, ...] = ()
     witnesses: tuple[str, ...] = ()
     work: Callable[[Path], Mapping[str, Any]]
 
@@ -99,7 +101,7 @@ class RunFolder:
             stages[stage.name] |= {"state": "failed", "error": str(error) or type(error).__name__}
             self.save()
             raise
-        for name in stage.makes:
+        for name in stage.makes + stage.may_make:
             _move(new / name, self.path / name)
         shutil.rmtree(new)
         stages[stage.name] |= {
@@ -172,8 +174,10 @@ def digest_of(path: Path) -> str:
 
 
 def _move(new: Path, old: Path) -> None:
-    """Put `new` in the place of `old`; a folder is set aside first, since it cannot be replaced in one step."""
+    """Put `new` in the place of `old`, which goes first if it is a folder, and goes for good if there is no new one."""
     if old.is_dir():
-        aside = new.with_name(f"{new.name}.old")
-        old.rename(aside)
-    new.rename(old)
+        old.rename(new.with_name(f"{new.name}.old"))  # renamed, not emptied: a half of a folder is never left
+    if new.exists():
+        new.rename(old)
+    else:
+        old.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from hmq_fpga.deploy.hls import HlsProject
 from hmq_fpga.ir.network import QNet
 from hmq_fpga.ir.scheme import Scheme
 
-STAGES = ("float", "search", "finetune", "freeze", "convert", "parity", "resources")
+STAGES = ("float", "search", "finetune", "freeze", "convert", "rtl", "parity")
 
 
 def command(folder, data, own, *more):
@@ -58,10 +58,13 @@ def test_run_folder_is_what_the_contract_says(undisturbed):
     parity = json.loads((folder / "parity.json").read_text())
     assert parity["passed"]
     assert parity["samples"] == 200
-    for simulator in ("qkeras", "csim"):
+    for simulator in ("qkeras", "csim", "trace"):
         assert parity["simulators"][simulator]["values"] == 2000
         assert parity["simulators"][simulator]["mismatches"] == 0
         assert parity["simulators"][simulator]["accuracy"] == metrics["qnet_accuracy"]
+    (estimate,) = json.loads((folder / "resources.json").read_text())
+    assert estimate["stage"] == "trace"
+    assert estimate["lut"] > 0
     tensors = Scheme.load(folder / "scheme.json").tensors
     assert [t.kind for t in tensors] == ["input", "weight", "activation", "weight"]
     assert list((folder / "tensorboard" / "search").iterdir())
