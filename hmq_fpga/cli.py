@@ -34,6 +34,7 @@ io_type = click.option("--io-type", type=click.Choice(["io_parallel", "io_stream
 @click.option("--ra", type=float, help="Target activation memory rate R_a [4].")
 @click.option("--max-act-bits", type=int, help="Upper bound on the bit-width of activations [8].")
 @click.option("--method", help="Search method: hmq or uniform [hmq].")
+@click.option("--zeros", type=float, help="Share of zero weights to aim for, for less logic [off].")
 @click.option("--seed", type=int, help="Seed of everything random [0].")
 @click.option("--data", type=click.Path(path_type=Path), help="An .npz file, or a folder of such files.")
 @backend

@@ -66,6 +66,13 @@ class Budget:
     learning_rate: float = 2e-3
 
 
+class Penalty(Protocol):
+    """Something to minimize besides the task's loss."""
+
+    def __call__(self, step: int, steps: int) -> Tensor:
+        """Its value before `step` of `steps`, 0-d."""
+
+
 class Listener(Protocol):
     """Hears of training: called now and then, and after the last step."""
 
@@ -114,9 +121,25 @@ def evaluate(model: Callable[[Tensor], Tensor], task: Task) -> dict[str, float]:
 
 
 def fit(
-    model: nn.Module, task: Task, *, steps: int, learning_rate: float, seed: int, listener: Listener = ignore
+    model: nn.Module,
+    task: Task,
+    *,
+    steps: int,
+    learning_rate: float,
+    seed: int,
+    penalty: Penalty | None = None,
+    listener: Listener = ignore,
 ) -> History:
     """Train all parameters with RAdam and a cosine schedule from `learning_rate` to zero; keep the last state.
+
+    Args:
+        model: trained in place.
+        task: training and validation data.
+        steps: optimizer steps.
+        learning_rate: at the start.
+        seed: of the order of the batches.
+        penalty: added to the task's loss.
+        listener: hears of the progress.
 
     Raises:
         FloatingPointError: when the loss is no longer finite.
@@ -129,7 +152,7 @@ def fit(
     for step, (x, y) in enumerate(batches(task, steps, torch.Generator().manual_seed(seed)), 1):
         loss = task.loss(model(x), y)
         optimizer.zero_grad()
-        loss.backward()
+        (loss if penalty is None else loss + penalty(step - 1, steps)).backward()
         optimizer.step()
         schedule.step()
         if step % every == 0 or step == steps:
@@ -141,12 +164,19 @@ def fit(
 
 
 def finetune(
-    model: QModel, task: Task, *, steps: int, learning_rate: float, seed: int, listener: Listener = ignore
+    model: QModel,
+    task: Task,
+    *,
+    steps: int,
+    learning_rate: float,
+    seed: int,
+    penalty: Penalty | None = None,
+    listener: Listener = ignore,
 ) -> History:
-    """Train weights and biases of a model whose scheme is set, in place (the paper's phase two)."""
+    """Train weights and biases of a model whose scheme is set, in place (the paper's phase two); see `fit`."""
     if not model.formats:
         raise AssertionError("finetune() needs a scheme")
-    return fit(model, task, steps=steps, learning_rate=learning_rate, seed=seed, listener=listener)
+    return fit(model, task, steps=steps, learning_rate=learning_rate, seed=seed, penalty=penalty, listener=listener)
 
 
 def finite(loss: Tensor) -> float:

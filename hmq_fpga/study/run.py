@@ -31,6 +31,7 @@ from hmq_fpga.search.graph import freeze, instrument, run_codes
 from hmq_fpga.search.methods import find_scheme, make_options
 from hmq_fpga.search.target import Target
 from hmq_fpga.search.train import Listener, finetune, fit
+from hmq_fpga.search.zeros import ZeroPull, widen_thresholds
 from hmq_fpga.study import page
 from hmq_fpga.study.data import Dataset, channels_last
 from hmq_fpga.study.stages import RunFolder, Stage, check_ours, read_record, write_json
@@ -46,6 +47,7 @@ class RunConfig(BaseModel):
         bits: bit-widths that a weight may get.
         max_act_bits: upper bound on the bit-width of activations.
         method, options: search method and its options.
+        zeros: share of zero weights to aim for, by larger thresholds and an L1 penalty while fine-tuning.
         seed: of initial weights, batches and noise.
         data: file or folder in place of the task's own source.
         float_steps, search_steps, finetune_steps: optimizer steps in place of the task's; `float_steps: 0` takes the
@@ -65,6 +67,7 @@ class RunConfig(BaseModel):
     max_act_bits: int = 8
     method: str = "hmq"
     options: dict[str, Any] = Field(default_factory=dict)
+    zeros: float | None = Field(None, gt=0, lt=1)
     seed: int = Field(0, ge=0)
     data: Path | None = None
     float_steps: int | None = Field(None, ge=0)
@@ -201,6 +204,7 @@ class _Run:
         budget = self.budget
         searching = {
             "method": config.method,
+            "zeros": config.zeros,
             "options": config.options,
             "target": asdict(self.target),
             "steps": budget.search_steps,
@@ -228,7 +232,8 @@ class _Run:
             ),
             Stage(
                 name="finetune",
-                settings=data | {"steps": budget.finetune_steps, "learning_rate": budget.learning_rate},
+                settings=data
+                | {"steps": budget.finetune_steps, "learning_rate": budget.learning_rate, "zeros": config.zeros},
                 needs=("search",),
                 makes=("finetune.pt", "finetune.json"),
                 work=self.finetune,
@@ -287,6 +292,8 @@ class _Run:
             seed=config.seed,
             listener=self.listener,
         )
+        if config.zeros is not None:
+            scheme = widen_thresholds(model, scheme, config.zeros)
         torch.save(model.state_dict(), new / "search.pt")
         scheme.save(new / "scheme.json")
         write_json(new / "search.json", history)
@@ -298,13 +305,14 @@ class _Run:
         }
 
     def finetune(self, new: Path) -> dict[str, Any]:
-        model = self.quantized("search.pt")
+        model, zeros = self.quantized("search.pt"), self.config.zeros
         history = finetune(
             model,
             self.training,
             steps=self.budget.finetune_steps,
             learning_rate=self.budget.learning_rate,
             seed=self.config.seed,
+            penalty=None if zeros is None else ZeroPull(model, zeros),
             listener=self.listener,
         )
         torch.save(model.state_dict(), new / "finetune.pt")
@@ -335,6 +343,7 @@ class _Run:
             "bias_bits": sum(layer.bias_bits for layer in layers),
             "bops": sum(layer.bops for layer in layers),
             "ebops": sum(layer.ebops for layer in layers),
+            "zero_weights": float(np.mean(np.concatenate([op.weight.ravel() for op in net.linears]) == 0)),
         }
 
     def convert(self, new: Path) -> dict[str, Any]:
