@@ -51,10 +51,12 @@ def main() -> None:
                 known[task, arguments.method, row["rw"], seed] = row
                 with rows_file.open("a") as file:
                     file.write(json.dumps(row) + "\n")
+    exact_file = arguments.nets / "exact.jsonl"
     if arguments.exact:
-        _check(known, arguments)
+        _check(known, arguments, exact_file)
+    exact = [json.loads(line) for line in exact_file.read_text().splitlines()] if exact_file.exists() else []
     here = Path(__file__).parent
-    (here / "promise.md").write_text(_table(known.values()))
+    (here / "promise.md").write_text(_table(list(known.values()), exact))
     _draw(list(known.values()), here / "promise.svg")
 
 
@@ -97,14 +99,13 @@ def _train(name: str, method: str, rates: list[float], seed: int, nets: Path) ->
         }
 
 
-def _check(rows: dict[Any, dict[str, Any]], arguments: argparse.Namespace) -> None:
+def _check(rows: dict[Any, dict[str, Any]], arguments: argparse.Namespace, done_file: Path) -> None:
     """Parity of every network, in both io types, on the test split and on the test split times 8."""
     from hmq_fpga.deploy.hls import HlsProject
     from hmq_fpga.deploy.parity import check
     from hmq_fpga.deploy.qkeras_model import QKerasSimulator
     from hmq_fpga.ir.network import QNet
 
-    done_file = arguments.nets / "exact.jsonl"
     done = {json.loads(line)["digest"] for line in done_file.read_text().splitlines()} if done_file.exists() else set()
     for (task, method, rw, seed), _ in sorted(rows.items()):
         net = QNet.load(_net_folder(arguments.nets, task, method, rw, seed))
@@ -127,20 +128,22 @@ def _check(rows: dict[Any, dict[str, Any]], arguments: argparse.Namespace) -> No
             file.write(json.dumps(row | {"mismatches": counts}) + "\n")
 
 
-def _table(rows: Any) -> str:
-    """Mean and spread over seeds."""
+def _table(rows: list[dict[str, Any]], exact: list[dict[str, Any]]) -> str:
+    """Mean and spread over seeds, and how many logits differ in QKeras and both C simulations."""
     lines = [
-        "| task | method | R_w | actual | repaired | float % | QNet % | difference |",
-        "|---|---|---|---|---|---|---|---|",
+        "| task | method | R_w | actual, all seeds | repaired | float % | QNet % | difference | logits that differ |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for key in sorted({(r["task"], r["method"], r["rw"]) for r in rows}):
         group = [r for r in rows if (r["task"], r["method"], r["rw"]) == key]
         actual = [r["actual"] for r in group]
         before, after = (np.array([r[name] for r in group]) * 100 for name in ("float", "accuracy"))
+        counts = [c for e in exact if (e["task"], e["method"], e["rw"]) == key for c in e["mismatches"].values()]
+        compared = f"{sum(m for m, _ in counts)} of {sum(n for _, n in counts):,}" if counts else "not compared"
         lines.append(
             f"| {key[0]} | {key[1]} | {key[2]:g} | {min(actual):.2f} … {max(actual):.2f} "
             f"| {sum(r['repaired'] for r in group)} of {len(group)} | {before.mean():.2f} | {after.mean():.2f} "
-            f"| {(after - before).mean():+.2f} ± {(after - before).std():.2f} |"
+            f"| {(after - before).mean():+.2f} ± {(after - before).std():.2f} | {compared} |"
         )
     return "\n".join(lines) + "\n"
 

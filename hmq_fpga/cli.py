@@ -9,11 +9,14 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from hmq_fpga.ir.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from hmq_fpga.deploy.vendor import Outcome
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -88,6 +91,74 @@ def csim(folder: Path, data: Path | None, as_json: bool) -> int:
     parity = compare_again(folder, data)
     _print(parity.to_json(), as_json, lambda: verdict(parity.to_json()))
     return 0 if parity.passed else 1
+
+
+part = click.option("--part", help="FPGA part instead of the project's.")
+clock = click.option("--clock", "clock_ns", type=float, help="Clock period in ns instead of the project's.")
+
+
+@app.command(epilog="Example: hmq-fpga synth hls_projects/digits_mlp/hmq-rw8-seed0 --tool vitis --csim --cosim")
+@folder
+@click.option("--tool", type=click.Choice(["vitis", "vivado", "yosys"]), required=True, help="Whose synthesis.")
+@click.option("--csim", is_flag=True, help="Simulate the C++ first and compare.")
+@click.option("--cosim", is_flag=True, help="Simulate the generated Verilog and compare.")
+@click.option("--vsynth", is_flag=True, help="Synthesize the generated Verilog by Vivado.")
+@part
+@clock
+@click.option("--time-limit", "time_limit_s", type=float, help="Seconds after which to stop.")
+@as_json
+def synth(folder: Path, tool: str, as_json: bool, **given: Any) -> int:
+    """Run a synthesis tool on a run, and read its reports into `resources.json`."""
+    from hmq_fpga.study import hardware
+    from hmq_fpga.study.monitor import resources_table
+
+    if tool == "yosys":
+        if any(given[key] for key in ("csim", "cosim", "vsynth", "part", "clock_ns")):
+            raise InvalidInput("--csim, --cosim, --vsynth, --part and --clock are for --tool vitis or vivado")
+        records = hardware.synthesize_by_yosys(folder, time_limit_s=given["time_limit_s"])
+        _print([r.to_json() for r in records], as_json, lambda: resources_table([r.to_json() for r in records]))
+        return 0
+
+    def said(step: str) -> None:
+        if sys.stderr.isatty():
+            click.echo(f"{tool}: {step}", err=True)
+
+    return _report(hardware.synthesize_by_vendor(folder, tool, said=said, **given), as_json)  # type: ignore[arg-type]
+
+
+@app.command(epilog="Example: hmq-fpga pack hls_projects/digits_mlp/hmq-rw8-seed0")
+@folder
+@click.option("--out", type=click.Path(path_type=Path), help="Archive to write [RUN/<name>.tar.gz].")
+@part
+@clock
+def pack(folder: Path, out: Path | None, part: str | None, clock_ns: float | None) -> int:
+    """Write a self-contained archive to run the vendor's tools on another machine."""
+    from hmq_fpga.study import hardware
+
+    archive = hardware.pack(folder, out, part=part, clock_ns=clock_ns)
+    _print(None, False, lambda: f"wrote {archive}: unpack it there, run its script, and collect what it leaves")
+    return 0
+
+
+@app.command(epilog="Example: hmq-fpga collect hls_projects/digits_mlp/hmq-rw8-seed0 --from results.tar.gz")
+@folder
+@click.option("--from", "source", type=click.Path(path_type=Path), help="Archive or folder [RUN/results.tar.gz].")
+@as_json
+def collect(folder: Path, source: Path | None, as_json: bool) -> int:
+    """Read reports that the vendor's tools made elsewhere; they must be of this run's network."""
+    from hmq_fpga.study import hardware
+
+    return _report(hardware.collect(folder, source), as_json)
+
+
+def _report(outcome: Outcome, as_json: bool) -> int:
+    """Print what vendor tools made of a project; the exit code."""
+    from hmq_fpga.study.monitor import resources_table
+
+    _print(outcome.to_json(), as_json, lambda: resources_table([r.to_json() for r in outcome.records]))
+    for failure in outcome.failures:
+        _fail(failure, 1)
+    return 0 if outcome.passed else 1
 
 
 @app.command(epilog="Example: hmq-fpga report hls_projects/digits_mlp/hmq-rw8-seed0")

@@ -303,13 +303,16 @@ def _next_frac(net: QNet, op: Op) -> int:
 
 
 def _check_streams(net: QNet) -> None:
-    """Refuse what ends hls4ml's generated code in a failed assertion, which would end this process too."""
+    """Refuse what hls4ml's streams compute wrongly, or refuse by an assertion in the generated code."""
     for op in net.ops:
-        if isinstance(op, MaxPool2d) and op.stride != op.window:
-            raise InvalidInput(
-                f"op {op.name!r}: hls4ml's io_stream cannot pool windows of {op.window} at a stride of {op.stride}: "
-                "use io_parallel"
-            )
+        match op:
+            case MaxPool2d() if op.stride != op.window:
+                fault = f"pool windows of {op.window} at a stride of {op.stride}"
+            case Conv2d() if op.weight.shape[0] == 1 < min(op.weight.shape[1], op.stride[0]):  # all rows get through
+                fault = f"convolve by {op.weight.shape[:2]} at a stride of {op.stride}"
+            case _:
+                continue
+        raise InvalidInput(f"op {op.name!r}: hls4ml's io_stream cannot {fault}: use io_parallel")
 
 
 def _exact_type(format: Fixed) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -79,6 +79,13 @@ class Resources:
     def to_json(self) -> dict[str, Any]:
         """The record as `resources.json` holds it."""
         return asdict(self) | {"percent": self.percent}
+
+
+def merge(entries: Sequence[Mapping[str, Any]], records: Iterable[Resources]) -> list[dict[str, Any]]:
+    """The content of `resources.json` with new records, each in place of the same tool's for the same stage."""
+    new = {(record.stage, record.tool): record.to_json() for record in records}
+    kept = [dict(entry) for entry in entries if (entry["stage"], entry["tool"]) not in new]
+    return kept + list(new.values())
 
 
 def canonical_part(part: str) -> str:

@@ -144,6 +144,12 @@ def verdict(parity: Mapping[str, Any]) -> str:
     return f"{'passed' if parity['passed'] else 'BROKEN'}: {counts}"
 
 
+def resources_table(records: Sequence[Mapping[str, Any]]) -> Table:
+    """All figures of `resources.json` entries; a blank is unknown."""
+    keys = ("stage", "tool", "version", "part", "clock_ns", "lut", "ff", "dsp", "bram", "latency_cycles", "ii", "notes")
+    return table(keys, [["" if r[key] is None else str(r[key]) for key in keys] for r in records])
+
+
 def _figures(resources: Mapping[str, Any]) -> str:
     units = {"lut": "LUT", "ff": "FF", "dsp": "DSP", "bram": "BRAM", "latency_cycles": "cycles latency", "ii": "II"}
     known = ", ".join(f"{resources[key]} {unit}" for key, unit in units.items() if resources.get(key) is not None)

@@ -83,39 +83,39 @@ def _short(name: str) -> str:
 def search_figure(history: History) -> str:
     """Weight rates over the steps of the search (asked for, expected, and of the current choice), and temperature."""
     lines = {"rate_target": "asked for", "rate_expected": "expected", "rate_actual": "actual"}
-    return _curves(history, "search", "step", [("rate R_w", lines), ("temperature", {"temperature": ""})])
+    return _curves(history, "search", [("rate R_w", lines), ("temperature", {"temperature": ""})])
 
 
 def finetune_figure(history: History) -> str:
     """Loss and validation accuracy over the steps of the fine-tuning."""
     losses = {"loss": "training", "val_loss": "validation"}
-    return _curves(history, "finetune", "step", [("loss", losses), ("val. accuracy", {"val_accuracy": ""})])
+    return _curves(history, "finetune", [("loss", losses), ("val. accuracy", {"val_accuracy": ""})])
 
 
-def _curves(history: History, name: str, x: str, panels: Sequence[tuple[str, Mapping[str, str]]]) -> str:
-    """Stacked panels `(title, {key: label})` over a common axis; empty where the history has none of the keys."""
+def _curves(history: History, name: str, panels: Sequence[tuple[str, Mapping[str, str]]]) -> str:
+    """Stacked panels `(title, {key: label})` over the steps; empty where the history has none of the keys."""
     there = [
         (title, present) for title, lines in panels if (present := {k: v for k, v in lines.items() if k in history})
     ]
-    if x not in history or not there:
+    if "step" not in history or not there:
         return ""
     with mpl.rc_context(_STYLE):
         heights = [1.9, 1.1][: len(there)]
         figure = Figure(figsize=(WIDTH, 0.4 + sum(heights)), layout="constrained")
         grid = figure.subplots(len(there), 1, sharex=True, squeeze=False, height_ratios=heights)
         for axes, (title, lines) in zip(grid[:, 0], there, strict=True):
-            _panel(axes, history, x, lines)
+            _panel(axes, history, lines)
             axes.set_ylabel(title)
         grid[-1, 0].set_xlabel("optimizer step")
         return _svg(figure, name)
 
 
-def _panel(axes: Axes, history: History, x: str, lines: Mapping[str, str]) -> None:
+def _panel(axes: Axes, history: History, lines: Mapping[str, str]) -> None:
     styles = {"rate_target": {"color": _INK, "linestyle": "--", "linewidth": 0.9}}
     colours = iter(COLOURS.values())
     for key, label in lines.items():
         style = styles.get(key) or {"color": next(colours)}
-        axes.plot(history[x], history[key], label=label, **style)
+        axes.plot(history["step"], history[key], label=label, **style)
     if len(lines) > 1:
         axes.legend(loc="best")
 

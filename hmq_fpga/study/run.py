@@ -34,6 +34,7 @@ from hmq_fpga.search.train import Listener, finetune, fit
 from hmq_fpga.search.zeros import ZeroPull, widen_thresholds
 from hmq_fpga.study import page
 from hmq_fpga.study.data import Dataset, channels_last
+from hmq_fpga.study.hardware import ESTIMATES, assemble
 from hmq_fpga.study.stages import RunFolder, Stage, check_ours, read_record, write_json
 from hmq_fpga.study.tasks import Task, resolve, training_task
 
@@ -195,6 +196,7 @@ class _Run:
                         self.monitor.skipped(stage.name)
                 folder.record["metrics"] = _metrics(folder.record)
                 folder.save()
+            assemble(self.folder)
             page.write_page(self.folder)
             return folder.record
 
@@ -251,7 +253,7 @@ class _Run:
                 name="rtl",
                 settings={"estimate": config.estimate, "part": config.part, "clock_ns": config.clock_ns},
                 needs=("freeze",),
-                makes=("resources.json",),
+                makes=(ESTIMATES,),
                 may_make=("rtl",),
                 work=self.rtl,
             ),
@@ -389,7 +391,7 @@ class _Run:
                 resources.append(project.trace_resources())
                 if config.estimate == "rtl":
                     resources.append(project.synthesize())
-        write_json(new / "resources.json", [r.to_json() for r in resources])
+        write_json(new / ESTIMATES, [r.to_json() for r in resources])
         return {}
 
 

@@ -32,9 +32,9 @@ class Builder:
     def dense(self, name, outputs, format_, *, bias=40):
         return self._linear(Dense, name, (self.net.shapes[self.ops[-1].name][-1], outputs), format_, bias)
 
-    def conv(self, name, kernel, filters, format_, *, stride=(1, 1), padding=((0, 0), (0, 0))):
+    def conv(self, name, kernel, filters, format_, *, stride=(1, 1), padding=((0, 0), (0, 0)), bias=40):
         shape = (*kernel, self.net.shapes[self.ops[-1].name][-1], filters)
-        return self._linear(Conv2d, name, shape, format_, 40, stride=stride, padding=padding)
+        return self._linear(Conv2d, name, shape, format_, bias, stride=stride, padding=padding)
 
     def quantize(self, name, format_):
         return self._add(Quantize, name, format=format_)
@@ -53,11 +53,11 @@ def mlp() -> QNet:
         Builder((6,), scheme(signed=True, bits=5, m=0))
         .dense("fc1", 8, scheme(signed=True, bits=3, m=-3))
         .quantize("relu1", scheme(signed=False, bits=4, m=-1))
-        .dense("fc2", 7, scheme(signed=True, bits=1, m=-2), bias=0)
-        .quantize("identity2", scheme(signed=True, bits=4, m=1))
-        .dense("fc3", 5, scheme(signed=True, bits=2, m=5))
-        .quantize("relu3", scheme(signed=False, bits=3, m=6))
-        .dense("fc4", 4, scheme(signed=True, bits=4, m=0))
+        .dense("fc2", 7, scheme(signed=True, bits=3, m=0))
+        .quantize("identity2", scheme(signed=True, bits=5, m=0))
+        .dense("fc3", 6, scheme(signed=True, bits=1, m=-2), bias=0)
+        .quantize("relu3", scheme(signed=False, bits=4, m=-1))
+        .dense("fc4", 4, scheme(signed=True, bits=3, m=6))
         .net
     )
 
@@ -71,11 +71,11 @@ def cnn() -> QNet:
         .quantize("relu1", scheme(signed=False, bits=4, m=2))
         .pool("pool", (2, 2))
         .conv("uneven", (2, 3), 3, scheme(signed=True, bits=2, m=0), padding=((1, 0), (2, 1)))
-        .quantize("identity2", scheme(signed=True, bits=4, m=2))
+        .quantize("identity2", scheme(signed=True, bits=5, m=0))
         .conv("strided", (2, 2), 4, scheme(signed=True, bits=4, m=-2), stride=(2, 2))
         .quantize("relu3", scheme(signed=False, bits=3, m=1))
-        .conv("pointwise", (1, 1), 2, scheme(signed=True, bits=1, m=-2))
-        .quantize("relu4", scheme(signed=False, bits=3, m=0))
+        .conv("pointwise", (1, 1), 2, scheme(signed=True, bits=1, m=1), bias=3)
+        .quantize("relu4", scheme(signed=False, bits=3, m=3))
         .flatten()
         .dense("fc", 3, scheme(signed=True, bits=4, m=0))
         .net

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from hmq_fpga.deploy.report import Resources, canonical_part
+from hmq_fpga.deploy.report import Resources, canonical_part, merge
 
 
 def test_percent_of_a_known_part():
@@ -23,3 +23,10 @@ def test_json_keeps_the_unknown_null():
     entry = json.loads(json.dumps(Resources(stage="vsynth", tool="Vivado", part="xc7z020clg400-1", lut=532).to_json()))
     assert entry["lut"] == 532 and entry["ff"] is None and entry["clock_ns"] is None
     assert entry["percent"] == {"lut": 1.0}
+
+
+def test_merge_replaces_the_same_stage_of_the_same_tool():
+    old = [Resources(stage=stage, tool=tool, lut=1).to_json() for stage, tool in [("yosys", "yosys"), ("csynth", "V")]]
+    new = [Resources(stage="csynth", tool="V", lut=2), Resources(stage="vsynth", tool="V", lut=3)]
+    assert [(e["stage"], e["lut"]) for e in merge(old, new)] == [("yosys", 1), ("csynth", 2), ("vsynth", 3)]
+    assert merge(merge(old, new), new) == merge(old, new)

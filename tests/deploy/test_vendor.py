@@ -10,7 +10,6 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import pytest
 from vendor_texts import Figures, timing_text, utilization_text
 
@@ -20,7 +19,7 @@ from hmq_fpga.deploy.pack import RETURNED, collect, pack
 from hmq_fpga.deploy.parity import check
 from hmq_fpga.deploy.report import Resources
 from hmq_fpga.deploy.toolchain import ToolMissing
-from hmq_fpga.deploy.vendor import SimulationLog, Target, examine, synthesize, write_options
+from hmq_fpga.deploy.vendor import SimulationLog, Target, examine, read_inputs, synthesize, write_options
 from hmq_fpga.ir import reference
 from hmq_fpga.ir.errors import InvalidInput
 
@@ -345,23 +344,20 @@ def test_routed_reports_that_the_user_adds(built, mlp):
 def test_the_generated_test_bench_writes_what_is_read_here(vitis, mlp, tmp_path):
     """The test bench itself, compiled by g++: exact outputs, and a changed weight shows."""
 
-    def simulate(project: Path) -> SimulationLog:
-        sources = ["myproject_test.cpp", "firmware/myproject.cpp"]
-        command = ["g++", "-std=c++11", "-w", "-Ifirmware/ap_types", *sources, "-o", "test_bench"]
-        weights = f'-DWEIGHTS_DIR="{project / "firmware" / "weights"}"'
-        subprocess.run([*command, weights], cwd=project, check=True)
-        subprocess.run(["./test_bench"], cwd=project, check=True, stdout=subprocess.DEVNULL)
-        log = project / "tb_data" / "csim_results.log"
-        return SimulationLog(name="csim", path=log, output=vitis.tensors[-1])
-
     project = tmp_path / "project"
     shutil.copytree(vitis.folder, project)
-    lines = (project / "tb_data" / "tb_input_features.dat").read_text().splitlines()
-    x = np.array([line.split() for line in lines], np.float32)
-    assert check(mlp, [simulate(project)], x).passed
-    bias = next((project / "firmware" / "weights").glob("b*.txt"))
+    weights = project / "firmware" / "weights"
+    sources = ["myproject_test.cpp", "firmware/myproject.cpp"]
+    command = ["g++", "-std=c++11", "-w", f'-DWEIGHTS_DIR="{weights}"', "-Ifirmware/ap_types", *sources, "-o", "bench"]
+    subprocess.run(command, cwd=project, check=True)
+    log = SimulationLog(name="csim", path=project / "tb_data" / "csim_results.log", output=vitis.tensors[-1])
+    x = read_inputs(project, vitis)
+    subprocess.run(["./bench"], cwd=project, check=True, stdout=subprocess.DEVNULL)
+    assert check(mlp, [log], x).passed
+    bias = max(weights.glob("b*.txt"), key=lambda path: int(path.stem[1:]))  # the last layer's
     bias.write_text(", ".join(f"{float(v) + 1}" for v in bias.read_text().split(",")))
-    assert not check(mlp, [simulate(project)], x).passed
+    subprocess.run(["./bench"], cwd=project, check=True, stdout=subprocess.DEVNULL)
+    assert check(mlp, [log], x).simulators["csim"].mismatches == 60
 
 
 # --- Elsewhere and back

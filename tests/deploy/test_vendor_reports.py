@@ -1,6 +1,7 @@
 import importlib.util
 import os
 import shutil
+import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -317,6 +318,7 @@ def real() -> Path:
 
 
 PROJECT = "myproject_prj/solution1"
+RUNS = ("vivado_hls_cosim_pass", "vitis_cosim_fail", "vitis_stream_vsynth")
 
 
 def test_real_vivado_hls_2020_1(real):
@@ -436,6 +438,16 @@ def test_real_vitis_hls_2023_1_with_a_cosimulation_that_failed(real):
         read_cosim(folder / "sim" / "report" / "myproject_cosim.rpt", csynth)
 
 
+@pytest.mark.parametrize("name", ["vivado_hls", *(f"{n}/{PROJECT}/syn/report" for n in RUNS)])
+def test_percent_is_of_what_the_real_report_calls_available(name, real):
+    record = read_csynth(real / name, TOP)
+    available = ET.parse(real / name / f"{TOP}_csynth.xml").find("AreaEstimates/AvailableResources")
+    assert available is not None
+    total = {child.tag.replace("48E", ""): int(child.text or "") for child in available}
+    used = {"LUT": record.lut, "FF": record.ff, "DSP": record.dsp, "BRAM_18K": record.bram}
+    assert list((record.percent or {}).values()) == [100 * count / total[kind] for kind, count in used.items()]
+
+
 REAL = {
     "vivado_hls/myproject_csynth.xml": read_csynth,
     "vivado_hls/myproject_csynth.rpt": read_csynth,
@@ -476,7 +488,7 @@ def test_real_reports_with_damage_never_give_a_wrong_figure(name, data, real, fr
     survives(read, folder, text[: data.draw(st.integers(0, len(text)))], right)
 
 
-@pytest.mark.parametrize("name", ["vivado_hls_cosim_pass", "vitis_cosim_fail", "vitis_stream_vsynth"])
+@pytest.mark.parametrize("name", RUNS)
 def test_hls4ml_reads_the_same_figures_where_its_parser_is_complete(name, real, tmp_path, capsys):
     package = importlib.util.find_spec("hls4ml")
     assert package is not None and package.origin is not None
