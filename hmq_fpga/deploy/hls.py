@@ -109,11 +109,13 @@ class HlsProject:
         Raises:
             ToolMissing: without a C++ compiler, before anything is written.
             InvalidInput: for an option or a network that cannot be converted.
-            RuntimeError: when hls4ml dropped a quantizer or changed a type, naming the layer.
+            RuntimeError: when hls4ml dropped or added a layer or changed a type, naming the layer.
         """
         for value, choices in ((backend, Backend), (io_type, IoType), (strategy, Strategy)):
             if value not in get_args(choices):
                 raise InvalidInput(f"{value!r} is none of {', '.join(get_args(choices))}")
+        if not re.fullmatch(r"[A-Za-z]\w*", project_name):
+            raise InvalidInput(f"project name {project_name!r}: letters, digits and underscores, a letter first")
         if io_type == "io_stream":
             _check_streams(net)
         GXX.require()
@@ -130,6 +132,7 @@ class HlsProject:
                 part=part,
                 clock_period=clock_ns,
             )
+            _check_layers(net, graph)
             project = cls(folder=new, top=project_name, digest=net.digest, tensors=_tensors(net, graph))
             _write(graph, project)
             _compare(expected_types(net), project.types())
@@ -232,7 +235,7 @@ class HlsProject:
 
     @cached_property
     def _library(self) -> ctypes.CDLL:
-        return _compiled(self.folder, self.top)
+        return self._compiled(self.folder)
 
     @cached_property
     def _traced_library(self) -> ctypes.CDLL:
@@ -240,7 +243,28 @@ class HlsProject:
             copy = Path(scratch) / "project"
             shutil.copytree(self.folder, copy, ignore=shutil.ignore_patterns("*.so", "*_prj"))
             self._add_hooks(copy)
-            return _compiled(copy, self.top)
+            return self._compiled(copy)
+
+    def _compiled(self, folder: Path) -> ctypes.CDLL:
+        """Compile this project, or a copy of it, by its own `build_lib.sh` and load the library."""
+        compiler = GXX.require()
+        for text in sorted((folder / "firmware" / "weights").glob("*.txt")):
+            if f"{{{text.read_text()}}};" not in text.with_suffix(".h").read_text():
+                raise ParityError(f"{text} differs from {text.stem}.h: what is simulated is not what is synthesized")
+        with tempfile.TemporaryDirectory() as scratch:
+            (Path(scratch) / "g++").symlink_to(compiler)  # the script's name for the compiler
+            environment = {**os.environ, "PATH": f"{scratch}{os.pathsep}{os.environ['PATH']}"}
+            build = subprocess.run(
+                ["bash", "build_lib.sh"], cwd=folder, env=environment, capture_output=True, text=True
+            )
+            if build.returncode:
+                errors = [line for line in build.stderr.splitlines() if "error" in line]
+                raise RuntimeError(f"{folder}: the C simulation does not compile: {' '.join(errors[:3])}")
+            # From a path of its own: the loader would take an older library of the same path for this one
+            built = folder / "firmware" / f"{self.top}-{_stamp(self.digest)}.so"
+            library = ctypes.CDLL(str(shutil.copy(built, scratch)))
+        library[f"{self.top}_double"].restype = None
+        return library
 
     def _add_hooks(self, folder: Path) -> None:
         """Let the copy in `folder` save each tensor after the call that makes it, and the input before the first."""
@@ -248,10 +272,8 @@ class HlsProject:
         code, storage = firmware.read_text(), ""
         for tensor in self._observed.values():
             size, typedef = int(np.prod(tensor.shape)), tensor.typedefs["result"]
-            makes = (
-                "// hls-fpga-machine-learning insert layers" if tensor is self.tensors[0] else f", {tensor.variable}"
-            )
-            end = re.search(rf"{makes}\b.*", code)
+            made = "// hls-fpga-machine-learning insert layers" if tensor is self.tensors[0] else f", {tensor.variable}"
+            end = re.search(rf"{made}\b.*", code)
             assert end, f"no call makes {tensor.variable}"
             hook = f'\n    nnet::save_layer_output<{typedef}>({tensor.variable}, "{tensor.op}", {size});'
             code = code[: end.end()] + hook + code[end.end() :]
@@ -338,7 +360,6 @@ def _precisions(net: QNet) -> dict[str, dict[str, dict[str, str]]]:
             case Dense() | Conv2d():
                 # The activation that hls4ml splits off. With one of the two types unset it drops the next quantizer.
                 layers[f"{op.name}_linear"] = result
-                layers[f"{op.name}_padding"] = {"result": types[op.source]["result"]}
             case MaxPool2d():
                 layers[op.name] = {**result, "accum": result["result"]}
             case Quantize() | Flatten():
@@ -406,13 +427,24 @@ def _tensors(net: QNet, graph: Any) -> tuple[Tensor, ...]:
     return tuple(tensors.values())
 
 
+def _check_layers(net: QNet, graph: Any) -> None:
+    """Every layer is an op's, but for zero padding, which keeps the type."""
+    known = {op.name for op in net.ops} | {f"{net.input.name}_values"}
+    for name, node in graph.graph.items():
+        if name in known:
+            continue
+        source, result = node.get_input_variable().type.precision, node.get_output_variable().type.precision
+        if node.class_name != "ZeroPadding2D" or source != result:
+            raise RuntimeError(f"hls4ml added layer {name!r}, {source} to {result}")
+
+
 def _write(graph: Any, project: HlsProject) -> None:
     """Write hls4ml's project, free of paths, times and random names."""
     config = graph.config.config
     del config["KerasModel"]  # hls4ml would save a second copy of the Keras model
     with _logged():
         graph.write()
-    stamp = {config["Stamp"]: project.digest[:8]}
+    stamp = {config["Stamp"]: _stamp(project.digest)}
     # An assertion that fails would end this process, and `ap_fixed` asserts a bit that it then does not use
     _replace(project.folder / "build_lib.sh", {**stamp, "-fPIC": "-fPIC -DNDEBUG"})
     _replace(project.folder / "hls4ml_config.yml", {**stamp, re.escape(config["OutputDir"]): "."})
@@ -420,6 +452,11 @@ def _write(graph: Any, project: HlsProject) -> None:
     _replace(project.folder / f"{project.top}_test.cpp", {r"std::ofstream fout\(.*": r"\g<0>\n    fout.precision(17);"})
     record = {"top": project.top, "digest": project.digest, "tensors": [asdict(t) for t in project.tensors]}
     (project.folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _stamp(digest: str) -> str:
+    """What tells the library's name from others', random in hls4ml; a letter first, lest YAML reads a number."""
+    return f"q{digest[:7]}"
 
 
 def _compare(expected: Types, actual: Types) -> None:
@@ -433,26 +470,6 @@ class _TraceData(ctypes.Structure):
     """hls4ml's `trace_data`."""
 
     _fields_: ClassVar = [("name", ctypes.c_char_p), ("data", ctypes.c_void_p)]
-
-
-def _compiled(folder: Path, top: str) -> ctypes.CDLL:
-    """Compile a project by its own `build_lib.sh` and load the library."""
-    compiler = GXX.require()
-    for text in sorted((folder / "firmware" / "weights").glob("*.txt")):
-        if f"{{{text.read_text()}}};" not in text.with_suffix(".h").read_text():
-            raise ParityError(f"{text} differs from {text.stem}.h: the C simulation would not be what is synthesized")
-    with tempfile.TemporaryDirectory() as scratch:
-        (Path(scratch) / "g++").symlink_to(compiler)  # the script's name for the compiler
-        environment = {**os.environ, "PATH": f"{scratch}{os.pathsep}{os.environ['PATH']}"}
-        build = subprocess.run(["bash", "build_lib.sh"], cwd=folder, env=environment, capture_output=True, text=True)
-        if build.returncode:
-            errors = [line for line in build.stderr.splitlines() if "error" in line]
-            raise RuntimeError(f"{folder}: the C simulation does not compile: {' '.join(errors[:3])}")
-        (library,) = (folder / "firmware").glob(f"{top}-*.so")
-        # From a path of its own: the loader would take an older library of the same path for this one
-        loaded = ctypes.CDLL(str(shutil.copy(library, scratch)))
-    loaded[f"{top}_double"].restype = None
-    return loaded
 
 
 def _replace(path: Path, patterns: Mapping[str, str]) -> None:
@@ -473,7 +490,9 @@ def _write_rows(path: Path, values: npt.NDArray[np.floating[Any]]) -> None:
 def _logged() -> Iterator[None]:
     """Send what hls4ml prints to the log."""
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), quiet():
-        yield
-    for line in printed.getvalue().splitlines():
-        log.debug("%s", line)
+    try:
+        with contextlib.redirect_stdout(printed), quiet():
+            yield
+    finally:
+        for line in printed.getvalue().splitlines():
+            log.debug("%s", line)

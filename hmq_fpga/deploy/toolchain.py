@@ -69,13 +69,13 @@ GXX = Tool(
 VITIS_RUN = Tool(
     program="vitis-run",
     variable="HMQ_FPGA_VITIS_RUN",
-    purpose="run Vitis HLS 2024.2 or later",
+    purpose="run Vitis HLS 2023.1 or later",
     remedy="install AMD Vitis and source its settings64.sh",
 )
 VITIS_HLS = Tool(
     program="vitis_hls",
     variable="HMQ_FPGA_VITIS_HLS",
-    purpose="run Vitis HLS up to 2024.1",
+    purpose="run Vitis HLS 2022.2 to 2024.1",
     remedy="install Xilinx Vitis HLS and source its settings64.sh",
 )
 VIVADO_HLS = Tool(

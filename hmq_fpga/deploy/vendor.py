@@ -286,10 +286,9 @@ def examine(folder: Path, net: QNet, steps: Sequence[Step], failure: str | None 
 
 
 def describe_failure(program: str, code: int, path: Path) -> str:
-    """One line on why a tool failed: the first error of its log, or the one that speaks of a licence."""
-    errors = [line.strip() for line in path.read_text(errors="replace").splitlines() if _ERROR.match(line)]
-    licence = [line for line in errors if re.search(r"\blicen[cs]e", line, re.IGNORECASE)]
-    reason = next(iter(licence + errors), "no error in its log")[:300]
+    """One line on why a tool failed: the first error of its log."""
+    lines = path.read_text(errors="replace").splitlines()
+    reason = next((line.strip()[:300] for line in lines if _ERROR.match(line)), "no error in its log")
     return f"{program} failed with exit code {code}: {reason}; its log is {path}"
 
 

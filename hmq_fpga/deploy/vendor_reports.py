@@ -1,8 +1,8 @@
 """Reports of Vivado HLS, Vitis HLS and Vivado, read into `Resources`.
 
 hls4ml has a parser of the same files (`hls4ml.report.parse_vivado_report`). It takes what it finds: it checks neither
-whose report it is nor that the report is whole, reads a failed cosimulation like one that passed, and calls the
-36-kbit tiles of Vivado `BRAM_18K`. Here a figure counts only where the report confirms it: by a sum, a percentage, a
+whose report it is nor that the report is whole, hands a failed cosimulation on like one that passed, and calls
+Vivado's tiles of 36 kbit `BRAM_18K`. Here a figure counts only where the report confirms it: by a sum, a percentage, a
 second table or a second file. So a report that is damaged, of another project or of an unknown layout ends in an
 error that names the file and the field.
 """
@@ -90,7 +90,7 @@ def read_cosim(path: Path, csynth: Resources) -> Resources:
         raise report.bad("table of RTL and Status")
     quantities, kinds, columns, *rows = tables[0]
     names = [re.sub(r" *\(Clock Cycles\)$", "", name) for name in quantities]  # older versions name no unit
-    last = [""] if names[4:] == ["Total Execution Time"] else []  # a column that came with version 2023.1
+    last = [""] if names[4:] == ["Total Execution Time"] else []  # a column that newer versions have
     if names[:4] != ["", "", "Latency", "Interval"] or len(names) != 4 + len(last):
         raise report.bad("columns Latency and Interval")
     if kinds[:4] != ["RTL", "Status", "", ""] or columns != ["", "", *["min", "avg", "max"] * 2, *last]:

@@ -151,6 +151,14 @@ def resources_table(records: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _figures(resources: Mapping[str, Any]) -> str:
-    units = {"lut": "LUT", "ff": "FF", "dsp": "DSP", "bram": "BRAM", "latency_cycles": "cycles latency", "ii": "II"}
-    known = ", ".join(f"{resources[key]} {unit}" for key, unit in units.items() if resources.get(key) is not None)
-    return f"{known} ({resources['tool']}: {resources['notes']})" if resources["notes"] else known
+    units = {
+        "lut": "LUT",
+        "ff": "FF",
+        "carry": "CARRY",
+        "dsp": "DSP",
+        "bram": "BRAM",
+        "latency_cycles": "cycles",
+        "ii": "II",
+    }
+    known = [f"{resources[key]:,} {unit}" for key, unit in units.items() if resources[key]]
+    return f"{', '.join(known)} ({resources['tool']})"

@@ -85,8 +85,8 @@ class RunFolder:
         """Do a stage unless it is done; returns whether it had to be."""
         stages = self.record.setdefault("stages", {})
         digest = self._input_digest(stage)
-        state = stages.get(stage.name, {})
-        if state.get("inputs") == digest and state.get("outputs") == self._output_digests(stage):
+        before = stages.get(stage.name, {"state": "new"})
+        if before["state"] == "done" and (before["inputs"], before["outputs"]) == (digest, self._output_digests(stage)):
             return False
         stages[stage.name] = {"state": "running", "inputs": digest}
         self.save()

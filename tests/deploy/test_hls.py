@@ -1,11 +1,12 @@
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Builder, scheme
 from numpy.testing import assert_array_equal
 
+from hmq_fpga.deploy import hls
 from hmq_fpga.deploy.hls import HlsProject, expected_types
 from hmq_fpga.deploy.parity import ParityError, check
 from hmq_fpga.deploy.qkeras_model import QKerasSimulator
@@ -13,6 +14,7 @@ from hmq_fpga.deploy.toolchain import ToolMissing
 from hmq_fpga.ir import reference
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.network import Conv2d, Dense, Flatten, Input, MaxPool2d, Quantize
+from tests.deploy.networks import Builder, scheme
 
 PROJECTS = {
     "mlp-parallel": ("mlp", {}),
@@ -32,9 +34,11 @@ def made(request, tmp_path_factory):
 def test_qkeras_and_c_simulation_equal_the_reference(made, samples):
     net, project = made
     x = samples(net)
+    expected = reference.run(net, x)
+    assert len(np.unique(expected, axis=0)) > len(x) / 2, "the network should tell its inputs apart"
     parity = check(net, [QKerasSimulator(net), HlsProject.load(project.folder)], x)
     assert parity.passed, parity.to_json()
-    assert [c.values for c in parity.simulators.values()] == 2 * [reference.run(net, x).size]
+    assert [c.values for c in parity.simulators.values()] == [expected.size] * 2
 
 
 def _typedefs(folder):
@@ -123,10 +127,7 @@ class FromTrace:
         return self.trace(x)[self.output]
 
 
-FAULTS = {
-    "truncation": ("relu1", r"(typedef ap_ufixed<4,-1,AP_)RND_CONV", r"\1TRN"),
-    "wrong type": ("identity2", r"typedef ap_fixed<4,2,(AP_RND_CONV,AP_SAT)", r"typedef ap_fixed<4,3,\1"),
-}
+FAULTS = {"truncation": ("relu1", "AP_RND_CONV", "AP_TRN"), "wrong type": ("identity2", "<5,1,", "<5,2,")}
 
 
 @pytest.fixture(scope="module")
@@ -136,12 +137,13 @@ def intact(mlp, tmp_path_factory):
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_changed_type_is_caught_and_named(fault, mlp, samples, intact, tmp_path):
-    tensor, pattern, replacement = FAULTS[fault]
-    shutil.copytree(intact, tmp_path / "hls")
-    _rewrite(tmp_path / "hls" / "firmware" / "defines.h", pattern, replacement)
-    parity = check(mlp, [FromTrace(HlsProject.load(tmp_path / "hls"))], samples(mlp))
+    op, right, wrong = FAULTS[fault]
+    project = HlsProject.load(Path(shutil.copytree(intact, tmp_path / "hls")))
+    (typedef,) = (t.typedefs["result"] for t in project.tensors if t.op == op)
+    _rewrite(project.folder / "firmware" / "defines.h", rf"{right}(.* {typedef};)", rf"{wrong}\1")
+    parity = check(mlp, [FromTrace(project)], samples(mlp))
     assert not parity.passed
-    assert parity.simulators["csim"].first_difference.tensor == tensor
+    assert parity.simulators["csim"].first_difference.tensor == op
 
 
 def test_a_changed_weight_is_caught_and_named(mlp, samples, intact, tmp_path):
@@ -159,6 +161,26 @@ def test_a_changed_weight_is_caught_and_named(mlp, samples, intact, tmp_path):
     assert parity.simulators["csim"].first_difference.tensor == "fc1"
 
 
+@pytest.mark.parametrize(
+    ("layer", "precision", "message"),
+    [
+        ("fc1", {"result": "auto"}, "dropped layer 'relu1'|made the result of layer 'fc1'"),
+        ("fc2", {"result": "auto"}, "dropped layer 'identity2'"),
+        ("fc2_linear", {"result": "fixed<16,6>"}, "added layer 'fc2_linear'"),
+        ("input_values", {"result": "fixed<16,6>"}, "added layer 'input_quantizer'"),
+        ("identity2", {"result": "fixed<5,1>"}, "made the result of layer 'identity2' ap_fixed<5,1> instead of"),
+        ("fc3", {"weight": "fixed<2,0>"}, "made the weight of layer 'fc3' ap_fixed<2,0> instead of"),
+    ],
+)
+def test_what_hls4ml_makes_of_another_configuration_is_noticed(layer, precision, message, mlp, tmp_path, monkeypatch):
+    configuration = hls._precisions(mlp)
+    configuration[layer]["Precision"] |= precision
+    monkeypatch.setattr(hls, "_precisions", lambda net: configuration)
+    with pytest.raises(RuntimeError, match=f"hls4ml ({message})"):
+        HlsProject.create(mlp, tmp_path / "hls")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_layer_of_zeros_is_exact(samples, tmp_path):
     """Its accumulator is one bit, far below the step of the next quantizer."""
     net = (
@@ -172,10 +194,15 @@ def test_a_layer_of_zeros_is_exact(samples, tmp_path):
     assert check(net.net, [project], samples(net.net)).passed
 
 
-def test_streams_that_cannot_pool_are_refused(tmp_path):
-    net = Builder((4, 4, 1), scheme(signed=False, bits=4, m=0)).pool("pool", (2, 2), (1, 1)).net
-    with pytest.raises(InvalidInput, match=r"op 'pool': .*: use io_parallel"):
-        HlsProject.create(net, tmp_path / "hls", io_type="io_stream")
+def test_what_streams_compute_wrongly_is_refused(tmp_path):
+    def image():
+        return Builder((4, 4, 1), scheme(signed=False, bits=4, m=0))
+
+    overlapping = image().pool("bad", (2, 2), (1, 1)).net
+    flat = image().conv("bad", (1, 2), 1, scheme(signed=True, bits=4, m=0), stride=(2, 1)).net
+    for net in (overlapping, flat):
+        with pytest.raises(InvalidInput, match=r"op 'bad': hls4ml's io_stream cannot .*: use io_parallel"):
+            HlsProject.create(net, tmp_path / "hls", io_type="io_stream")
 
 
 def test_unknown_options_are_refused(mlp, tmp_path):

@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from numpy.testing import assert_array_equal
-from strategies import inputs, qnets
 
 from hmq_fpga.deploy.qkeras_model import QKerasSimulator, float_type, layer_name, save, tensorflow, to_qkeras
 from hmq_fpga.ir import reference
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.ir.network import Dense, Input, QNet, Quantize
+from tests.strategies import inputs, qnets
 
 LOAD = """
 import sys

@@ -132,6 +132,7 @@ def test_ctrl_c_ends_the_whole_group(tmp_path):
         python(f"import os; os.chdir({str(tmp_path)!r})\n{script}"),
         {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         file_actions=[(os.POSIX_SPAWN_DUP2, writer, 1)],
+        setsigdef=[signal.SIGINT],  # a shell's background job ignores it
     )
     os.close(writer)
     with os.fdopen(reader) as output:

@@ -158,6 +158,14 @@ def test_failures(scenario, good, failure, vitis, mlp, tools, tmp_path, monkeypa
     assert examine(tmp_path / "out", mlp, ["csim", "csynth", "cosim", "vsynth"]) == before
 
 
+def test_what_an_earlier_run_left_in_the_project_is_never_read(vitis, mlp, tools, tmp_path, monkeypatch):
+    tools(*PROGRAMS["vitis"])
+    built = synthesize(vitis, mlp, tmp_path / "built", vendor="vitis", **ALL).folder
+    monkeypatch.setenv("STAND_IN", "synthesis failure")
+    outcome = synthesize(HlsProject.load(built), mlp, tmp_path / "out", vendor="vitis", cosim=True, vsynth=True)
+    assert outcome.records == () and outcome.parity is None and len(outcome.failures) == 1
+
+
 def test_a_crash_half_way_through_the_report_is_no_report(vitis, mlp, tools, tmp_path, monkeypatch):
     tools("vitis-run")
     monkeypatch.setenv("STAND_IN", "crash")
@@ -309,6 +317,12 @@ REPORT = "myproject_prj/solution1/syn/report/myproject_csynth"
         ("myproject_prj/solution1/sim/report/myproject_cosim.rpt", None, "no such report", "cosim"),
         ("tb_data/csim_results.log", None, "not readable", None),
         ("tb_data/csim_results.log", lambda t: t[: len(t) // 2], "line 8 holds|outputs of", None),
+        (
+            "tb_data/csim_results.log",
+            lambda t: t[: t[:-1].rindex("\n") + 1],
+            "outputs of 14 samples, expected 15",
+            None,
+        ),
         ("tb_data/csim_results.log", lambda t: t.replace(" \n", " 1\n", 1), "line 1 holds 5 values, expected 4", None),
         ("tb_data/rtl_cosim_results.log", lambda t: "nan" + t[t.index(" ") :], "not a multiple", None),
         ("tb_data/rtl_cosim_results.log", lambda t: "x" + t[t.index(" ") :], "line 1: could not convert", None),

@@ -211,6 +211,38 @@ def test_every_single_line_that_is_lost_is_noticed_or_harmless(kind, tmp_path):
         survives(read, tmp_path, "".join(lines[:i] + lines[i + 1 :]), right)
 
 
+@pytest.mark.parametrize("kind", ["csynth xml", "cosim"])
+def test_every_truncation_is_noticed_or_harmless(kind, tmp_path):
+    text_of, read = REPORTS[kind]
+    text = text_of(Figures(family="Vivado", version="2019.2", latency=(9, 1234), interval=(1, 1234)))
+    right = read(tmp_path, text)
+    for length in range(len(text)):
+        survives(read, tmp_path, text[:length], right)
+
+
+@pytest.mark.parametrize(
+    ("kind", "old", "new", "field"),
+    [
+        ("csynth text", "|Total            |        6|", "|Total            |        7|", "Total of BRAM_18K"),
+        ("csynth text", "|  3456000|", "|    34560|", "of FF, which does not fit Total and Available"),
+        ("csynth text", "|       11|       11|", "|       12|       11|", "the largest latency"),
+        ("csynth xml", "<Interval-max>1<", "<Interval-max>0<", "the largest interval"),
+        ("utilization", "|   8723 |", "|   9723 |", "Util% of CLB LUTs"),
+        ("utilization", "|      3 |     0 |      2688", "|      4 |     0 |      2688", "Util% of Block RAM Tile"),
+        ("timing", "      0.310", "      0.410", "the design, which is not the clock's"),
+        ("timing", "      5.000", "      5.100", "does not fit Frequency"),
+        ("timing", "  0.310", " -0.310", "does not fit TNS Failing Endpoints"),
+    ],
+)
+def test_figures_that_the_rest_of_the_report_contradicts(kind, old, new, field, tmp_path):
+    text_of, read = REPORTS[kind]
+    text = text_of(Figures())
+    assert old in text
+    damaged = text.replace(old, new) if "Endpoints" in field else text.replace(old, new, 1)
+    with pytest.raises(InvalidInput, match=field):
+        read(tmp_path, damaged)
+
+
 @given(data=st.data(), f=st.sampled_from(FIXTURES))
 def test_the_two_forms_of_a_csynth_report_must_agree(data, f, fresh):
     folder = fresh()

@@ -84,16 +84,17 @@ def test_missing_compiler_is_found_before_any_work(tmp_path, monkeypatch, capsys
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("verb", ["run", "convert", "csim", "report", "tasks", "doctor"])
+@pytest.mark.parametrize("verb", ["run", "convert", "csim", "synth", "pack", "collect", "report", "tasks", "doctor"])
 def test_every_verb_has_help_with_an_example(verb, monkeypatch, capsys):
     code, out, _ = call(monkeypatch, capsys, verb, "--help")
     assert code == 0
     assert f"Example: hmq-fpga {verb}" in out
 
 
-@pytest.mark.parametrize("verb", ["csim", "report"])
+@pytest.mark.parametrize("verb", ["csim", "report", "pack", "collect", "synth --tool vitis", "synth --tool yosys"])
 def test_verbs_on_a_run_want_a_run(verb, tmp_path, monkeypatch, capsys):
-    code, _, err = call(monkeypatch, capsys, verb, tmp_path)
+    verb, *options = verb.split()
+    code, _, err = call(monkeypatch, capsys, verb, tmp_path, *options)
     assert code == 2
     assert "not the folder of a run" in err
 

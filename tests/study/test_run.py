@@ -152,3 +152,33 @@ def test_convert_needs_no_torch(undisturbed, tmp_path):
     assert done.returncode == 0, done.stderr
     ours, theirs = (folder / "hls" / "firmware" / "defines.h" for folder in (tmp_path / "out", undisturbed[0]))
     assert ours.read_text() == theirs.read_text()
+
+
+def test_vendor_tools_are_missing_in_one_line(undisturbed, monkeypatch):
+    """No tool here: the command says which, writes nothing, and an archive for another machine can be made."""
+    folder, _ = undisturbed
+    before = (folder / "resources.json").read_text()
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    done = subprocess.run(
+        [sys.executable, "-m", "hmq_fpga", "synth", str(folder), "--tool", "vitis"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "vitis" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert (folder / "resources.json").read_text() == before
+    assert not (folder / "synth").exists()
+
+
+def test_archive_goes_out_and_comes_back(undisturbed, tmp_path):
+    """What another machine sends back is read if it is this network's; here it is the project as it went out."""
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed[0], folder)
+    packed = [sys.executable, "-m", "hmq_fpga", "pack", str(folder), "--out", str(tmp_path / "out.tar.gz")]
+    assert subprocess.run(packed, capture_output=True, check=False).returncode == 0
+    nothing_back = [sys.executable, "-m", "hmq_fpga", "collect", str(folder)]
+    done = subprocess.run(nothing_back, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "results.tar.gz" in done.stderr

@@ -74,7 +74,8 @@ def test_failure_leaves_the_old_output_and_is_recorded(tmp_path, two, error):
     assert run_all(tmp_path, [broken])[0] == [True]
 
 
-def test_killed_in_a_stage_is_repeated(tmp_path, two):
+@pytest.mark.parametrize("first_time", [True, False])
+def test_killed_in_a_stage_is_repeated(tmp_path, two, first_time):
     """What SIGKILL leaves: a stage marked as running and a half-written sibling."""
     run_all(tmp_path, two[:1])
     record = json.loads((tmp_path / "run.json").read_text())
@@ -82,6 +83,8 @@ def test_killed_in_a_stage_is_repeated(tmp_path, two):
     write_json(tmp_path / "run.json", record)
     (tmp_path / ".new-first").mkdir()
     (tmp_path / ".new-first" / "a.txt").write_text("half")
+    if first_time:
+        (tmp_path / "a.txt").unlink()
     assert run_all(tmp_path, two)[0] == [True, True]
     assert not (tmp_path / ".new-first").exists()
 

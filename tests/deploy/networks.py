@@ -1,0 +1,47 @@
+"""Small networks, op by op."""
+
+import numpy as np
+
+from hmq_fpga.ir.fixed import Fixed
+from hmq_fpga.ir.network import Conv2d, Dense, Flatten, Input, MaxPool2d, QNet, Quantize
+
+
+def scheme(*, signed: bool, bits: int, m: int) -> Fixed:
+    return Fixed.from_threshold(signed=signed, bits=bits, threshold_log2=m)
+
+
+class Builder:
+    """Chains ops with random codes."""
+
+    def __init__(self, shape, format_, seed=0):
+        self.ops = [Input(name="input", shape=shape, format=format_)]
+        self.rng = np.random.default_rng(seed)
+
+    @property
+    def net(self):
+        return QNet(tuple(self.ops))
+
+    def _add(self, op, name, **fields):
+        self.ops.append(op(name=name, source=self.ops[-1].name, **fields))
+        return self
+
+    def _linear(self, op, name, shape, format_, bias, **fields):
+        weight = self.rng.integers(format_.lo, format_.hi, shape, endpoint=True)
+        biases = self.rng.integers(-bias, bias, shape[-1], endpoint=True)
+        return self._add(op, name, weight=weight, weight_format=format_, bias=biases, **fields)
+
+    def dense(self, name, outputs, format_, *, bias=40):
+        return self._linear(Dense, name, (self.net.shapes[self.ops[-1].name][-1], outputs), format_, bias)
+
+    def conv(self, name, kernel, filters, format_, *, stride=(1, 1), padding=((0, 0), (0, 0)), bias=40):
+        shape = (*kernel, self.net.shapes[self.ops[-1].name][-1], filters)
+        return self._linear(Conv2d, name, shape, format_, bias, stride=stride, padding=padding)
+
+    def quantize(self, name, format_):
+        return self._add(Quantize, name, format=format_)
+
+    def pool(self, name, window, stride=None):
+        return self._add(MaxPool2d, name, window=window, stride=stride or window)
+
+    def flatten(self, name="flat"):
+        return self._add(Flatten, name)
