@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hmq_fpga.deploy.parity import ParityError
 from hmq_fpga.ir.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -42,6 +43,10 @@ io_type = click.option("--io-type", type=click.Choice(["io_parallel", "io_stream
 @click.option("--data", type=click.Path(path_type=Path), help="An .npz file, or a folder of such files.")
 @backend
 @io_type
+@click.option("--part", help="FPGA part of the project.")
+@click.option("--clock", "clock_ns", type=float, help="Clock period in ns [5].")
+@click.option("--reuse-factor", type=int, help="Multiplications per multiplier, in all layers [1].")
+@click.option("--strategy", type=click.Choice(["Latency", "Resource"]), help="hls4ml's, in all layers [Latency].")
 @click.option("--estimate", type=click.Choice(["trace", "rtl", "none"]), help="Resources without vendor tools [trace].")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run.")
 @as_json
@@ -216,6 +221,10 @@ def main() -> None:
         code = app(standalone_mode=False)
     except InvalidInput as error:
         code = _fail(str(error), 2)
+    except FloatingPointError as error:
+        code = _fail(str(error), 2)
+    except ParityError as error:
+        code = _fail(str(error), 1)
     except click.ClickException as error:
         code = _fail(f"{error.format_message()} (see --help)", 2)
     except (KeyboardInterrupt, click.Abort):

@@ -44,6 +44,19 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerSettings:
+    """What one layer does differently from the project; None is the project's.
+
+    Attributes:
+        reuse_factor: multiplications per multiplier.
+        strategy: hls4ml's for matrix products.
+    """
+
+    reuse_factor: int | None = None
+    strategy: Strategy | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tensor:
     """How the project holds one op's tensor.
 
@@ -91,6 +104,7 @@ class HlsProject:
         clock_ns: float = 5.0,
         reuse_factor: int = 1,
         strategy: Strategy = "Latency",
+        layers: Mapping[str, LayerSettings] | None = None,
         project_name: str = "myproject",
     ) -> HlsProject:
         """Convert a network by QKeras and hls4ml; an existing folder is replaced once the new one is complete.
@@ -104,6 +118,7 @@ class HlsProject:
             clock_ns: clock period in ns.
             reuse_factor: multiplications per multiplier.
             strategy: hls4ml's for matrix products.
+            layers: reuse factor and strategy of single linear ops, by name.
             project_name: name of the top function.
 
         Raises:
@@ -111,9 +126,13 @@ class HlsProject:
             InvalidInput: for an option or a network that cannot be converted.
             RuntimeError: when hls4ml dropped or added a layer or changed a type, naming the layer.
         """
-        for value, choices in ((backend, Backend), (io_type, IoType), (strategy, Strategy)):
+        strategies = [strategy, *(s.strategy for s in (layers or {}).values() if s.strategy)]
+        for value, choices in ((backend, Backend), (io_type, IoType), *((s, Strategy) for s in strategies)):
             if value not in get_args(choices):
                 raise InvalidInput(f"{value!r} is none of {', '.join(get_args(choices))}")
+        if unknown := sorted(set(layers or {}) - {op.name for op in net.linears}):
+            names = ", ".join(op.name for op in net.linears)
+            raise InvalidInput(f"layer {unknown[0]!r} has no reuse factor or strategy; these layers have: {names}")
         if not re.fullmatch(r"[A-Za-z]\w*", project_name):
             raise InvalidInput(f"project name {project_name!r}: letters, digits and underscores, a letter first")
         if io_type == "io_stream":
@@ -124,6 +143,7 @@ class HlsProject:
         try:
             graph = _convert(
                 net,
+                layers or {},
                 model={"Precision": "fixed<16,6>", "ReuseFactor": reuse_factor, "Strategy": strategy},
                 output_dir=str(new),
                 project_name=project_name,
@@ -347,8 +367,8 @@ def _plain_type(text: str) -> str:
     return f"{match[1]}{match[2]}>" if match else text
 
 
-def _precisions(net: QNet) -> dict[str, dict[str, dict[str, str]]]:
-    """hls4ml's `LayerName` configuration: every type of every layer that the Keras model may become."""
+def _precisions(net: QNet) -> dict[str, dict[str, str]]:
+    """The types in hls4ml's configuration, of every layer that the Keras model may become."""
     types = expected_types(net)
     layers: dict[str, dict[str, str]] = {}
     for op in net.ops:
@@ -366,7 +386,7 @@ def _precisions(net: QNet) -> dict[str, dict[str, dict[str, str]]]:
                 pass
             case _:
                 assert_never(op)
-    return {name: {"Precision": dict(precision)} for name, precision in layers.items()}
+    return layers
 
 
 @dataclass(frozen=True)
@@ -390,13 +410,17 @@ class _KerasView:
         return self.model.get_layer(name)
 
 
-def _convert(net: QNet, model: dict[str, Any], **options: Any) -> Any:
+def _convert(net: QNet, layers: Mapping[str, LayerSettings], model: dict[str, Any], **options: Any) -> Any:
     """hls4ml's graph of the network's QKeras model."""
     with _logged():
         keras_model = to_qkeras(net)
         from hls4ml.converters import convert_from_keras_model
 
-        hls_config = {"Model": model, "LayerName": _precisions(net)}
+        configured: dict[str, dict[str, Any]] = {name: {"Precision": p} for name, p in _precisions(net).items()}
+        for name, settings in layers.items():
+            given = {"ReuseFactor": settings.reuse_factor, "Strategy": settings.strategy}
+            configured[name] |= {key: value for key, value in given.items() if value is not None}
+        hls_config = {"Model": model, "LayerName": configured}
         return convert_from_keras_model(_KerasView(keras_model), hls_config=hls_config, bit_exact=False, **options)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -81,11 +81,11 @@ class Resources:
         return asdict(self) | {"percent": self.percent}
 
 
-def merge(entries: Sequence[Mapping[str, Any]], records: Iterable[Resources]) -> list[dict[str, Any]]:
-    """The content of `resources.json` with new records, each in place of the same tool's for the same stage."""
-    new = {(record.stage, record.tool): record.to_json() for record in records}
-    kept = [dict(entry) for entry in entries if (entry["stage"], entry["tool"]) not in new]
-    return kept + list(new.values())
+def merge(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The content of `resources.json` with new entries, each in place of the same tool's for the same stage."""
+    renewed = {(entry["stage"], entry["tool"]) for entry in new}
+    kept = [entry for entry in old if (entry["stage"], entry["tool"]) not in renewed]
+    return [dict(entry) for entry in (*kept, *new)]
 
 
 def canonical_part(part: str) -> str:

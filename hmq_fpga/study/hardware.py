@@ -10,7 +10,7 @@ from typing import Any
 from hmq_fpga.deploy.hls import HlsProject
 from hmq_fpga.deploy.pack import collect as collect_results
 from hmq_fpga.deploy.pack import pack as pack_project
-from hmq_fpga.deploy.report import Resources
+from hmq_fpga.deploy.report import Resources, merge
 from hmq_fpga.deploy.vendor import Outcome, Vendor, synthesize
 from hmq_fpga.ir.network import QNet
 from hmq_fpga.study.page import write_page
@@ -86,8 +86,7 @@ def assemble(folder: Path) -> list[dict[str, Any]]:
     for path in sorted((folder / SYNTHESIS).glob("*.json")):
         found = json.loads(path.read_text())
         if found["qnet"] == digest:
-            stages = {(r["stage"], r["tool"]) for r in found["resources"]}
-            records = [r for r in records if (r["stage"], r["tool"]) not in stages] + found["resources"]
+            records = merge(records, found["resources"])
     write_json(folder / "resources.json", records)
     return records
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from hmq_fpga.deploy.convert import convert
-from hmq_fpga.deploy.hls import DEFAULT_PART, HlsProject
+from hmq_fpga.deploy.hls import DEFAULT_PART, HlsProject, LayerSettings
 from hmq_fpga.deploy.parity import Parity, Simulator, check
 from hmq_fpga.deploy.qkeras_model import QKerasSimulator
 from hmq_fpga.deploy.report import Resources
@@ -54,6 +54,7 @@ class RunConfig(BaseModel):
         float_steps, search_steps, finetune_steps: optimizer steps in place of the task's; `float_steps: 0` takes the
             model as the function returns it.
         backend, io_type, part, clock_ns, reuse_factor, strategy: of the hls4ml project.
+        layers: reuse factor and strategy of single layers, by name.
         estimate: resources without vendor tools. `trace`: Verilog, and its tracer's own figures; `rtl`: also
             simulated by Verilator and synthesized by Yosys; `none`.
         out: the run's folder.
@@ -80,6 +81,7 @@ class RunConfig(BaseModel):
     clock_ns: float = Field(5.0, gt=0)
     reuse_factor: int = Field(1, ge=1)
     strategy: Literal["Latency", "Resource"] = "Latency"
+    layers: dict[str, LayerSettings] = Field(default_factory=dict)
     estimate: Literal["trace", "rtl", "none"] = "trace"
     out: Path | None = None
 
@@ -214,7 +216,7 @@ class _Run:
         }
         hardware = {
             key: getattr(config, key) for key in ("backend", "part", "clock_ns", "reuse_factor", "strategy")
-        } | {"io_type": self.io_type}
+        } | {"io_type": self.io_type, "layers": {name: asdict(s) for name, s in config.layers.items()}}
         return [
             Stage(
                 name="float",
@@ -359,6 +361,7 @@ class _Run:
             clock_ns=self.config.clock_ns,
             reuse_factor=self.config.reuse_factor,
             strategy=self.config.strategy,
+            layers=self.config.layers,
         )
         return {}
 

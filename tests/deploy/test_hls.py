@@ -7,7 +7,7 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from hmq_fpga.deploy import hls
-from hmq_fpga.deploy.hls import HlsProject, expected_types
+from hmq_fpga.deploy.hls import HlsProject, LayerSettings, expected_types
 from hmq_fpga.deploy.parity import ParityError, check
 from hmq_fpga.deploy.qkeras_model import QKerasSimulator
 from hmq_fpga.deploy.toolchain import ToolMissing
@@ -18,7 +18,16 @@ from tests.deploy.networks import Builder, scheme
 
 PROJECTS = {
     "mlp-parallel": ("mlp", {}),
-    "mlp-stream": ("mlp", {"io_type": "io_stream", "backend": "Vivado", "strategy": "Resource", "reuse_factor": 2}),
+    "mlp-stream": (
+        "mlp",
+        {
+            "io_type": "io_stream",
+            "backend": "Vivado",
+            "strategy": "Resource",
+            "reuse_factor": 2,
+            "layers": {"fc2": LayerSettings(reuse_factor=8), "fc4": LayerSettings(strategy="Latency", reuse_factor=3)},
+        },
+    ),
     "cnn-parallel": ("cnn", {}),
     "cnn-stream": ("cnn", {"io_type": "io_stream"}),
 }
@@ -51,6 +60,22 @@ def _typedefs(folder):
     calls = re.findall(r"nnet::\w+<(.*), (\w+), (\w+)>\(.*\); // (\w+)", (firmware / "myproject.cpp").read_text())
     configs = dict(re.findall(r"struct (\w+) : (.*?\n)};", (firmware / "parameters.h").read_text(), re.DOTALL))
     return types, {layer: (result, configs.get(config, "")) for _, result, config, layer in calls}
+
+
+def test_reuse_factor_and_strategy_are_the_layers_own(mlp, tmp_path, caplog):
+    caplog.set_level("DEBUG")
+    _, options = PROJECTS["mlp-stream"]
+    _, layers = _typedefs(HlsProject.create(mlp, tmp_path / "project", **options).folder)
+    reuse = {name: re.search(r"reuse_factor = (\d+);", layers[name][1])[1] for name in ("fc1", "fc2", "fc3", "fc4")}
+    assert reuse == {"fc1": "2", "fc2": "8", "fc3": "1", "fc4": "3"}
+    assert 'Invalid ReuseFactor=2 in layer "fc3"' in caplog.text  # hls4ml takes the nearest that divides the work
+    strategy = {name: re.search(r"strategy = nnet::(\w+);", layers[name][1])[1] for name in reuse}
+    assert strategy == {"fc1": "resource", "fc2": "resource", "fc3": "resource", "fc4": "latency"}
+    with pytest.raises(InvalidInput, match=r"layer 'relu1' has no reuse factor.*fc1, fc2, fc3, fc4"):
+        HlsProject.create(mlp, tmp_path / "other", layers={"relu1": LayerSettings(reuse_factor=2)})
+    with pytest.raises(InvalidInput, match="'Magic' is none of"):
+        HlsProject.create(mlp, tmp_path / "other", layers={"fc1": LayerSettings(strategy="Magic")})
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_types_in_the_files_are_the_learned_ones(made):

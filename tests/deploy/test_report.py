@@ -27,6 +27,6 @@ def test_json_keeps_the_unknown_null():
 
 def test_merge_replaces_the_same_stage_of_the_same_tool():
     old = [Resources(stage=stage, tool=tool, lut=1).to_json() for stage, tool in [("yosys", "yosys"), ("csynth", "V")]]
-    new = [Resources(stage="csynth", tool="V", lut=2), Resources(stage="vsynth", tool="V", lut=3)]
+    new = [Resources(stage=stage, tool="V", lut=lut).to_json() for stage, lut in [("csynth", 2), ("vsynth", 3)]]
     assert [(e["stage"], e["lut"]) for e in merge(old, new)] == [("yosys", 1), ("csynth", 2), ("vsynth", 3)]
     assert merge(merge(old, new), new) == merge(old, new)
