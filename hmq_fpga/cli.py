@@ -48,7 +48,9 @@ io_type = click.option("--io-type", type=click.Choice(["io_parallel", "io_stream
 @click.option("--clock", "clock_ns", type=float, help="Clock period in ns [5].")
 @click.option("--reuse-factor", type=int, help="Multiplications per multiplier, in all layers [1].")
 @click.option("--strategy", type=click.Choice(["Latency", "Resource"]), help="hls4ml's, in all layers [Latency].")
-@click.option("--estimate", type=click.Choice(["trace", "rtl", "none"]), help="Resources without vendor tools [trace].")
+@click.option(
+    "--estimate", type=click.Choice(["trace", "model", "rtl", "none"]), help="Resources without vendor tools [trace]."
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run.")
 @as_json
 def run(what: str, as_json: bool, **given: Any) -> int:

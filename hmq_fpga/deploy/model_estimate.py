@@ -3,34 +3,80 @@
 It predicts the tracer's own figure (`RtlProject.trace_resources`), which takes seconds to minutes, in
 milliseconds. A product with constant weights is a tree of additions: as many as its weights have nonzero signed
 digits, less one, each about as wide as the sum it makes, and the fewer the more of them the outputs can share.
+What never changes or is never read costs nothing; so the range of each channel is followed through the network.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import assert_never
 
 import numpy as np
+import numpy.typing as npt
 
 from hmq_fpga.deploy.report import Resources
-from hmq_fpga.ir.fixed import Codes, Fixed
+from hmq_fpga.ir.fixed import Codes, Reals
 from hmq_fpga.ir.network import Conv2d, Dense, Flatten, Input, Linear, MaxPool2d, Op, QNet, Quantize
 
-# log(LUTs per addition): a constant, then the coefficients of the logarithms of the input's bits, the mean bits
-# of the sums, the outputs, the inputs, and the digits per weight; fitted by benchmarks/lut_model.py
-_FIT = (-0.7532, 0.2701, 0.9845, -0.0776, -0.1241, -0.2448)
+# log(LUTs per addition): a constant, then the coefficients of the logarithms of the mean bits of the inputs and of
+# the sums, the number of outputs and inputs, and the digits per weight; fitted by benchmarks/lut_model.py
+FIT = (-1.2974, 0.1210, 1.3081, -0.0096, -0.1782, -0.3325)
+
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Smallest and largest code of each channel of a tensor, arrays `(channels,)`."""
+
+    lo: Codes
+    hi: Codes
+
+    @property
+    def varies(self) -> Mask:
+        """Channels that are not constant."""
+        varies: Mask = self.lo < self.hi
+        return varies
+
+    @property
+    def bits(self) -> Reals:
+        """Bits that tell the codes of a channel apart."""
+        bits: Reals = np.ceil(np.log2(self.hi - self.lo + 1.0))
+        return bits
 
 
 def estimate(net: QNet) -> Resources:
-    """LUTs of the fully unrolled network as the tracer would count them, to some 10 %."""
+    """LUTs of the fully unrolled network, as the tracer would count them.
+
+    On 120 random networks that were left out of the fit: ratio to the tracer 0.89 … 1.09 (5th to 95th percentile),
+    R² 0.99.
+    """
     return Resources(
         stage="model",
         tool="hmq_fpga",
-        lut=round(sum(_luts(net, op) for op in net.ops)),
+        lut=round(luts(net)),
         dsp=0,
         bram=0,
         ii=1,
         notes="a formula fitted to the tracer's figures; fully unrolled distributed arithmetic",
     )
+
+
+def luts(net: QNet, fit: Sequence[float] = FIT) -> float:
+    """What `estimate` rounds, for other coefficients as well."""
+    ranges: dict[str, Ranges] = {}
+    for op in net.ops:
+        ranges[op.name] = _range(net, op, ranges)
+    read = {op.name: np.zeros(net.shapes[op.name][-1], dtype=bool) for op in net.ops}
+    read[net.output.name][:] = True
+    total = 0.0
+    for op in reversed(net.ops):
+        live = read[op.name] & ranges[op.name].varies
+        total += _luts(net, op, ranges, live, fit)
+        if not isinstance(op, Input):
+            read[op.source] |= _reads(op, live, len(read[op.source]))
+    return total
 
 
 def signed_digits(codes: Codes) -> Codes:
@@ -41,49 +87,84 @@ def signed_digits(codes: Codes) -> Codes:
     return digits
 
 
-@dataclass(frozen=True)
-class _Ranges:
-    """Smallest and largest code of each channel of a tensor, arrays `(channels,)`; and which channels are needed."""
-
-    lo: Codes
-    hi: Codes
-
-    @property
-    def varies(self) -> npt.NDArray[np.bool_]:
-        return self.lo < self.hi
-
-    @property
-    def bits(self) -> Reals:
-        """Bits that hold the range of each channel."""
-        return np.log2((self.hi - self.lo).astype(np.float64) + 1)
+def _product_luts(weight: Codes, input_bits: Reals, sum_bits: Reals, fit: Sequence[float]) -> float:
+    """One product with the weight codes `(n, m)`, and the biases."""
+    biases = 0.15 * float(np.maximum(sum_bits - 1, 0).sum())
+    digits = signed_digits(weight)
+    additions = np.maximum(digits.sum(axis=0) - 1, 0)
+    if not additions.any():
+        return biases
+    rows, columns = digits.any(axis=1), digits.any(axis=0)
+    inputs, outputs = np.count_nonzero(rows), np.count_nonzero(columns)
+    mean_bits = input_bits[rows].mean(), np.average(sum_bits, weights=additions)
+    logs = np.log([*mean_bits, outputs, inputs, digits.sum() / (inputs * outputs)])
+    return float(additions.sum() * np.exp(fit[0] + logs @ np.array(fit[1:]))) + biases
 
 
-def _ranges(net: QNet) -> dict[str, _Ranges]:
-    ranges: dict[str, _Ranges] = {}
-    for op in net.ops:
-        ranges[op.name] = _range(net, op, ranges)
-    return ranges
+def _luts(net: QNet, op: Op, ranges: Mapping[str, Ranges], live: Mask, fit: Sequence[float]) -> float:
+    """LUTs of the channels `live` of an op at all its positions."""
+    positions = int(np.prod(net.shapes[op.name][:-1], dtype=int))
+    match op:
+        case Dense() | Conv2d():
+            source, sums = ranges[op.source], ranges[op.name]
+            weight = (_by_channel(op) * source.varies[:, None])[..., live]
+            input_bits = np.tile(source.bits, len(weight))
+            weight = weight.reshape(len(input_bits), -1) if live.any() else np.zeros((1, 0), np.int64)
+            return positions * _product_luts(weight, input_bits, sums.bits[live], fit)
+        case Quantize():
+            source = ranges[op.source]
+            dropped = max(net.formats[op.source].frac - op.format.frac, 0)
+            rounded = np.log2(np.maximum(source.hi[live], 0) / 2.0**dropped + 1)  # bits right of the sign
+            rectifies, saturates = source.lo[live] < 0, rounded > op.format.width
+            gates = 0.5 * rounded * rectifies + 0.5 * op.format.width * saturates + 0.3 * (dropped > 0)
+            return positions * float(gates.sum())
+        case MaxPool2d():
+            comparisons = op.window[0] * op.window[1] - 1
+            return positions * comparisons * 1.5 * float(ranges[op.name].bits[live].sum())  # a difference, a choice
+        case Input() | Flatten():
+            return 0.0
+        case _:
+            assert_never(op)
 
 
-def _range(net: QNet, op: Op, ranges: Mapping[str, _Ranges]) -> _Ranges:
+def _range(net: QNet, op: Op, ranges: Mapping[str, Ranges]) -> Ranges:
     match op:
         case Input():
-            channels = op.shape[-1]
-            return _Ranges(np.full(channels, op.format.lo), np.full(channels, op.format.hi))
+            return Ranges(np.full(op.shape[-1], op.format.lo), np.full(op.shape[-1], op.format.hi))
         case Dense() | Conv2d():
-            source = ranges[op.source]
-            weight = op.weight.reshape(-1, *op.weight.shape[-2:])
+            lo, hi = ranges[op.source].lo, ranges[op.source].hi
+            if isinstance(op, Conv2d) and np.any(op.padding):
+                lo, hi = np.minimum(lo, 0), np.maximum(hi, 0)
+            weight = _by_channel(op)
             positive, negative = np.maximum(weight, 0).sum(axis=0), np.minimum(weight, 0).sum(axis=0)
-            padded = isinstance(op, Conv2d) and bool(np.any(op.padding))
-            lo, hi = (np.minimum(source.lo, 0), np.maximum(source.hi, 0)) if padded else (source.lo, source.hi)
-            return _Ranges(lo @ positive + hi @ negative + op.bias, hi @ positive + lo @ negative + op.bias)
+            return Ranges(lo @ positive + hi @ negative + op.bias, hi @ positive + lo @ negative + op.bias)
         case Quantize():
             source, frac = ranges[op.source], net.formats[op.source].frac
-            return _Ranges(op.format.requantize(source.lo, frac), op.format.requantize(source.hi, frac))
+            return Ranges(op.format.requantize(source.lo, frac), op.format.requantize(source.hi, frac))
         case MaxPool2d():
             return ranges[op.source]
         case Flatten():
-            source, (height, width, _) = ranges[op.source], _image(net.shapes[op.source])
-            return _Ranges(np.tile(source.lo, height * width), np.tile(source.hi, height * width))
+            source, positions = ranges[op.source], int(np.prod(net.shapes[op.source][:-1], dtype=int))
+            return Ranges(np.tile(source.lo, positions), np.tile(source.hi, positions))
         case _:
             assert_never(op)
+
+
+def _reads(op: Quantize | Dense | Conv2d | MaxPool2d | Flatten, live: Mask, channels: int) -> Mask:
+    """Channels of the source that the channels `live` of an op depend on."""
+    reads: Mask
+    match op:
+        case Dense() | Conv2d():
+            reads = (_by_channel(op)[..., live] != 0).any(axis=(0, 2))
+        case Quantize() | MaxPool2d():
+            reads = live
+        case Flatten():
+            reads = live.reshape(-1, channels).any(axis=0)
+        case _:
+            assert_never(op)
+    return reads
+
+
+def _by_channel(op: Linear) -> Codes:
+    """Weights as `(window positions, input channels, outputs)`."""
+    return op.weight.reshape(-1, *op.weight.shape[-2:])

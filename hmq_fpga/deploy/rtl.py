@@ -36,6 +36,7 @@ from alkaid.trace.passes.canon import canonicalize_outputs, const_propagation
 from alkaid.types import CombLogic
 from numpy.lib.stride_tricks import sliding_window_view
 
+from hmq_fpga.deploy.model_estimate import signed_digits
 from hmq_fpga.deploy.report import Resources
 from hmq_fpga.deploy.verilator import Port, VerilatorSimulator, compile_verilog
 from hmq_fpga.deploy.yosys import synthesis_script, synthesize
@@ -269,7 +270,7 @@ def _operations(net: QNet, op: Op) -> int:
     values = int(np.prod(net.shapes[op.name], dtype=int))
     match op:
         case Dense() | Conv2d():
-            return positions * _signed_digits(op.weight) + values
+            return positions * int(signed_digits(op.weight).sum()) + values
         case Quantize():
             return values
         case MaxPool2d():
@@ -278,12 +279,6 @@ def _operations(net: QNet, op: Op) -> int:
             return 0
         case _:
             assert_never(op)
-
-
-def _signed_digits(codes: Codes) -> int:
-    """Nonzero digits of all codes in non-adjacent form: the bits in which `n` and `3 n` differ."""
-    magnitude = np.abs(codes)
-    return int(np.unpackbits((magnitude ^ (3 * magnitude)).reshape(-1).view(np.uint8)).sum())
 
 
 def _too_wide(net: QNet) -> str | None:
@@ -371,18 +366,22 @@ def _requantize(value: FVariable, source: Fixed, target: Fixed) -> FVariable:
     # past these shifts every code rounds to zero or saturates; clamping keeps the values narrow
     shift = min(max(source.frac - target.frac, -target.width - 1), source.width + 1)
     value = value * 2.0**-shift
-    if value.low == value.high:
-        return FVariable.from_const(float(target.encode(value.low * target.step)), value.hwconf)
+    lo, hi = (float(code) for code in target.encode(np.array([value.low, value.high]) * target.step))
+    if lo == hi:
+        return FVariable.from_const(lo, value.hwconf)
+    low, high = round(value.low), round(value.high)  # half to even
     if value.kif[2] > 0:
         value = _round_half_even(value)
-    if target.signed:
-        return value.max_of(float(target.lo)).min_of(float(target.hi))
-    value = value.relu()
-    if value.high <= target.hi:
-        return value
-    above = value.kif[1] - target.width
-    too_large = value.bits[:above].unary_bit_op("any")
-    return too_large.msb_mux(float(target.hi), value.bits[above:], (0.0, float(target.hi), 1.0))
+    if not target.signed:
+        value = value.relu()
+        if high > target.hi:
+            above = value.kif[1] - target.width
+            too_large = value.bits[:above].unary_bit_op("any")
+            return too_large.msb_mux(hi, value.bits[above:], (0.0, hi, 1.0))
+    elif low < target.lo or high > target.hi:
+        return value.max_of(lo).min_of(hi)
+    known = Fixed.enclosing(int(lo), int(hi), 0)  # the tracer takes the rounded value for one larger than it can be
+    return value.quantize(known.signed, known.width - known.signed, 0)
 
 
 def _round_half_even(value: FVariable) -> FVariable:

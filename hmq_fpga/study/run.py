@@ -56,7 +56,8 @@ class RunConfig(BaseModel):
         backend, io_type, part, clock_ns, reuse_factor, strategy: of the hls4ml project.
         layers: reuse factor and strategy of single layers, by name.
         estimate: resources without vendor tools. `trace`: Verilog, and its tracer's own figures; `rtl`: also
-            simulated by Verilator and synthesized by Yosys; `none`.
+            simulated by Verilator and synthesized by Yosys; `model`: LUTs by a fitted formula, no Verilog, which
+            is also what a network gets that is too large to unroll; `none`.
         out: the run's folder.
     """
 
@@ -82,7 +83,7 @@ class RunConfig(BaseModel):
     reuse_factor: int = Field(1, ge=1)
     strategy: Literal["Latency", "Resource"] = "Latency"
     layers: dict[str, LayerSettings] = Field(default_factory=dict)
-    estimate: Literal["trace", "rtl", "none"] = "trace"
+    estimate: Literal["trace", "model", "rtl", "none"] = "trace"
     out: Path | None = None
 
     @property
@@ -387,9 +388,11 @@ class _Run:
         config, net = self.config, QNet.load(self.folder / "qnet")
         resources: list[Resources] = []
         if config.estimate != "none":
-            from hmq_fpga.deploy import rtl
+            from hmq_fpga.deploy import model_estimate, rtl
 
-            if rtl.fits(net):
+            if config.estimate == "model" or not rtl.fits(net):
+                resources.append(model_estimate.estimate(net))
+            else:
                 project = rtl.RtlProject.create(net, new / "rtl", part=config.part, clock_ns=config.clock_ns)
                 resources.append(project.trace_resources())
                 if config.estimate == "rtl":

@@ -1,0 +1,119 @@
+"""Accuracy against logic on pendigits: narrow activations and zero weights at one R_w.
+
+    python benchmarks/frontier.py --zeros 0 0.5 0.6 0.7 --seeds 3
+
+Every network is written as Verilog, compared with the golden model on the whole test split, and synthesized by Yosys.
+Rows are appended to a JSON-lines file, and those already there are not repeated. Nothing is chosen by the test split: a
+row is what its settings and seed gave.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hmq_fpga.deploy.parity import check
+from hmq_fpga.deploy.rtl import RtlProject
+from hmq_fpga.ir import cost
+from hmq_fpga.search.graph import freeze, instrument
+from hmq_fpga.search.methods import find_scheme
+from hmq_fpga.search.target import Target
+from hmq_fpga.search.train import evaluate, finetune, fit
+from hmq_fpga.search.zeros import ZeroPull, widen_thresholds
+from hmq_fpga.study.data import channels_last
+from hmq_fpga.study.tasks import TASKS, training_task
+
+TASK = "pendigits_mlp"
+
+
+def main() -> None:
+    """Fill the rows and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--zeros", type=float, nargs="+", default=[0, 0.5, 0.6, 0.7])
+    parser.add_argument("--rw", type=float, default=13)
+    parser.add_argument("--act-bits", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=30_000, help="of fine-tuning")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rows", type=Path, default=Path("build/frontier.jsonl"))
+    arguments = parser.parse_args()
+    arguments.rows.parent.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in arguments.rows.read_text().splitlines()] if arguments.rows.exists() else []
+    torch.set_num_threads(1)
+    for seed in range(arguments.seeds):
+        for zeros in arguments.zeros:
+            key = {
+                "rw": arguments.rw,
+                "act_bits": arguments.act_bits,
+                "zeros": zeros,
+                "steps": arguments.steps,
+                "seed": seed,
+            }
+            if any(key.items() <= row.items() for row in rows):
+                continue
+            rows.append(key | _measure(**key))
+            with arguments.rows.open("a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+    (Path(__file__).parent / "frontier.md").write_text(_table(rows))
+
+
+def _measure(*, rw: float, act_bits: int, zeros: float, steps: int, seed: int) -> dict[str, Any]:
+    task = TASKS[TASK]
+    dataset = task.load(None)
+    training, budget = training_task(dataset, task.batch_size), task.budget
+    torch.manual_seed(seed)
+    model = task.build()
+    fit(model, training, steps=budget.float_steps, learning_rate=budget.float_learning_rate, seed=seed)
+    quantized = instrument(model, training.input_shape, input_signed=training.input_signed)
+    target = Target(weight_rate=rw, max_activation_bits=act_bits)
+    quantized, scheme, _ = find_scheme(quantized, training, budget, target, seed=seed)
+    if zeros:
+        scheme = widen_thresholds(quantized, scheme, zeros)
+        quantized.set_scheme(scheme)
+    penalty = ZeroPull(quantized, zeros) if zeros else None
+    finetune(quantized, training, steps=steps, learning_rate=budget.learning_rate, seed=seed, penalty=penalty)
+    net = freeze(quantized)
+    with tempfile.TemporaryDirectory() as folder:
+        project = RtlProject.create(net, Path(folder) / "rtl")
+        parity = check(net, [project.interpreter()], channels_last(dataset.x_test), dataset.y_test)
+        parity.raise_for_mismatch()
+        yosys = project.synthesize()
+    return {
+        "actual": cost.weight_rate(scheme),
+        "zero_weights": float(np.mean(np.concatenate([op.weight.ravel() for op in net.linears]) == 0)),
+        "validation": evaluate(quantized, training)["val_accuracy"],
+        "test": parity.simulators["trace"].accuracy,
+        "alkaid_lut": project.lut,
+        "yosys_lut": yosys.lut,
+        "yosys_carry": yosys.carry,
+        "yosys_ff": yosys.ff,
+        "latency_cycles": project.latency_cycles,
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    """Mean and standard deviation over seeds."""
+    lines = [
+        "| R_w asked | activation bits | zeros asked | seeds | R_w | zeros % | test % | alkaid LUT "
+        "| Yosys LUT / CARRY4 / FF |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for key in sorted({(r["rw"], r["act_bits"], r["zeros"], r["steps"]) for r in rows}):
+        group = [r for r in rows if (r["rw"], r["act_bits"], r["zeros"], r["steps"]) == key]
+        mean = {name: np.mean([r[name] for r in group]) for name in group[0]}
+        spread = 100 * np.std([r["test"] for r in group])
+        lines.append(
+            f"| {key[0]:g} | {key[1]} | {key[2] or 'off'} | {len(group)} | {mean['actual']:.1f} "
+            f"| {100 * mean['zero_weights']:.0f} | {100 * mean['test']:.2f} ± {spread:.2f} | {mean['alkaid_lut']:,.0f} "
+            f"| {mean['yosys_lut']:,.0f} / {mean['yosys_carry']:,.0f} / {mean['yosys_ff']:,.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
