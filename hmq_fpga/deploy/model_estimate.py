@@ -107,10 +107,9 @@ def _luts(net: QNet, op: Op, ranges: Mapping[str, Ranges], live: Mask, fit: Sequ
     match op:
         case Dense() | Conv2d():
             source, sums = ranges[op.source], ranges[op.name]
-            weight = (_by_channel(op) * source.varies[:, None])[..., live]
-            input_bits = np.tile(source.bits, len(weight))
-            weight = weight.reshape(len(input_bits), -1) if live.any() else np.zeros((1, 0), np.int64)
-            return positions * _product_luts(weight, input_bits, sums.bits[live], fit)
+            windows = len(_by_channel(op))
+            weight = op.weight.reshape(-1, op.weight.shape[-1])[:, live] * np.tile(source.varies, windows)[:, None]
+            return positions * _product_luts(weight, np.tile(source.bits, windows), sums.bits[live], fit)
         case Quantize():
             source = ranges[op.source]
             dropped = max(net.formats[op.source].frac - op.format.frac, 0)

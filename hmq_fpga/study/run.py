@@ -429,7 +429,7 @@ def compare_again(folder: Path, data: Path | None = None) -> Parity:
     record = read_record(folder)
     if record["stages"].get("convert", {}).get("state") != "done":
         raise InvalidInput(f"{folder}: its project was not finished; run it again first")
-    config = RunConfig(**record["config"])
+    config = make_config(record["config"])
     dataset = resolve(config.task).load(data or config.data)
     verilog = config.estimate == "rtl"
     return compare(folder, channels_last(dataset.x_test), dataset.y_test, verilog=verilog)

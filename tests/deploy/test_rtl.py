@@ -17,7 +17,7 @@ from hmq_fpga.ir import reference
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.ir.network import Dense, Input, QNet, Quantize
-from tests.deploy.conftest import Builder
+from tests.deploy.networks import Builder
 from tests.strategies import SEEDS, inputs, qnets
 
 
