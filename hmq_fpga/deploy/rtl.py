@@ -57,6 +57,10 @@ _SOLVER = {
 }
 
 
+class NotUnrolled(InvalidInput):
+    """The network cannot be had as RTL; the message says why."""
+
+
 def size_estimate(net: QNet) -> int:
     """Operations of the unrolled network before any sharing, in milliseconds and without tracing.
 
@@ -122,7 +126,7 @@ class RtlProject:
             part: FPGA part for the vendor scripts.
 
         Raises:
-            InvalidInput: when the unrolled network is too large, a tensor too wide, or the output constant.
+            NotUnrolled: when the unrolled network is too large, a tensor too wide, or the output constant.
         """
         _require_fit(net)
         program = _trace(net)
@@ -140,7 +144,7 @@ class RtlProject:
                 ternary_fuse=False,  # only Vivado maps three-input adders
             )
             if _port(model.fsm.inp_signals[0]).width == 0:
-                raise InvalidInput("nothing to build: the network's output is the same for every input")
+                raise NotUnrolled("nothing to build: the network's output is the same for every input")
             model.write()
             shutil.rmtree(new / "sim")  # the tracer's own simulator; see `VerilatorSimulator`
             project = cls(
@@ -294,12 +298,12 @@ def _too_wide(net: QNet) -> str | None:
 
 def _require_fit(net: QNet) -> None:
     if (size := size_estimate(net)) > SIZE_LIMIT:
-        raise InvalidInput(
+        raise NotUnrolled(
             f"too large to unroll: {size:,} operations, the limit is {SIZE_LIMIT:,}; "
             "use fewer bits, more zero weights or a smaller network, or the HLS project"
         )
     if message := _too_wide(net):
-        raise InvalidInput(f"{message}; use fewer bits, or the HLS project")
+        raise NotUnrolled(f"{message}; use fewer bits, or the HLS project")
 
 
 def _trace(net: QNet) -> CombLogic:

@@ -160,6 +160,7 @@ def compile_verilog(
         ToolMissing: without Verilator or a C++ compiler.
         ToolFailed: when a step fails or passes the limit; the message names its log.
     """
+    folder, sources = folder.resolve(), [path.resolve() for path in sources]
     verilator, compiler = Path(VERILATOR.require()), GXX.require()
     root = _root(verilator)
     constants = {

@@ -390,13 +390,17 @@ class _Run:
         if config.estimate != "none":
             from hmq_fpga.deploy import model_estimate, rtl
 
-            if config.estimate == "model" or not rtl.fits(net):
-                resources.append(model_estimate.estimate(net))
-            else:
-                project = rtl.RtlProject.create(net, new / "rtl", part=config.part, clock_ns=config.clock_ns)
-                resources.append(project.trace_resources())
-                if config.estimate == "rtl":
-                    resources.append(project.synthesize())
+            formula = model_estimate.estimate(net)
+            try:
+                if config.estimate == "model":
+                    resources.append(formula)
+                else:
+                    project = rtl.RtlProject.create(net, new / "rtl", part=config.part, clock_ns=config.clock_ns)
+                    resources.append(project.trace_resources())
+                    if config.estimate == "rtl":
+                        resources.append(project.synthesize())
+            except rtl.NotUnrolled as refused:
+                resources.append(replace(formula, notes=f"{formula.notes}; no RTL: {refused}"))
         write_json(new / ESTIMATES, [r.to_json() for r in resources])
         return {}
 

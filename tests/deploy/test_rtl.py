@@ -116,8 +116,11 @@ def test_the_verilog_computes_the_network_with_a_new_sample_at_every_clock(proje
     assert project.latency_cycles > 2
 
 
-def test_combinational_logic_has_no_clock_and_a_changed_constant_in_it_breaks_parity(tiny, samples, tmp_path):
-    project = RtlProject.create(tiny.net, tmp_path / "rtl", latency_cutoff=None)
+def test_combinational_logic_has_no_clock_and_a_changed_constant_in_it_breaks_parity(
+    tiny, samples, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    project = RtlProject.create(tiny.net, Path("rtl"), latency_cutoff=None)
     assert (project.latency_cycles, project.trace_resources().ff) == (0, 0)
     x = samples(tiny.net)
     parity.check(tiny.net, [project.simulator()], x).raise_for_mismatch()
