@@ -386,7 +386,7 @@ def _precisions(net: QNet) -> dict[str, dict[str, str]]:
                 pass
             case _:
                 assert_never(op)
-    return layers
+    return {name: dict(types) for name, types in layers.items()}
 
 
 @dataclass(frozen=True)
@@ -468,7 +468,7 @@ def _write(graph: Any, project: HlsProject) -> None:
     del config["KerasModel"]  # hls4ml would save a second copy of the Keras model
     with _logged():
         graph.write()
-    stamp = {config["Stamp"]: _stamp(project.digest)}
+    stamp = {f"'?{config['Stamp']}'?": _stamp(project.digest)}  # YAML quotes one that it might read as a number
     # An assertion that fails would end this process, and `ap_fixed` asserts a bit that it then does not use
     _replace(project.folder / "build_lib.sh", {**stamp, "-fPIC": "-fPIC -DNDEBUG"})
     _replace(project.folder / "hls4ml_config.yml", {**stamp, re.escape(config["OutputDir"]): "."})

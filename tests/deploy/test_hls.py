@@ -199,7 +199,7 @@ def test_a_changed_weight_is_caught_and_named(mlp, samples, intact, tmp_path):
 )
 def test_what_hls4ml_makes_of_another_configuration_is_noticed(layer, precision, message, mlp, tmp_path, monkeypatch):
     configuration = hls._precisions(mlp)
-    configuration[layer]["Precision"] |= precision
+    configuration[layer] |= precision
     monkeypatch.setattr(hls, "_precisions", lambda net: configuration)
     with pytest.raises(RuntimeError, match=f"hls4ml ({message})"):
         HlsProject.create(mlp, tmp_path / "hls")
