@@ -23,7 +23,7 @@ class Task:
     """What to learn. Choices are made on training and validation data; a test split has no place here.
 
     Attributes:
-        x_train, y_train: inputs `(n, *sample shape)`, channels first, and targets `(n, …)`.
+        x_train, y_train: inputs `(n, *sample shape)`, channels first, and class numbers `(n,)`.
         x_val, y_val: validation split.
         loss: mean loss of a batch of outputs and targets.
         batch_size: samples per optimizer step.
@@ -40,6 +40,10 @@ class Task:
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one sample, channels first."""
         return tuple(self.x_train.shape[1:])
+
+    def epoch(self, step: int) -> float:
+        """Passes over the training data after `step` optimizer steps."""
+        return step * self.batch_size / len(self.x_train)
 
     @property
     def input_signed(self) -> bool:
@@ -112,12 +116,14 @@ def batches(task: Task, steps: int, generator: torch.Generator) -> Iterator[tupl
 
 @torch.no_grad()
 def evaluate(model: Callable[[Tensor], Tensor], task: Task) -> dict[str, float]:
-    """Loss on the validation split, and accuracy where targets are classes."""
+    """Loss and accuracy on the validation split."""
     outputs = torch.cat([model(batch) for batch in task.x_val.split(1024)])
-    values = {"val_loss": float(task.loss(outputs, task.y_val))}
-    if not task.y_val.is_floating_point():
-        values["val_accuracy"] = float((outputs.argmax(1) == task.y_val).double().mean())
-    return values
+    return {"val_loss": float(task.loss(outputs, task.y_val)), "val_accuracy": accuracy(outputs, task.y_val)}
+
+
+def accuracy(outputs: Tensor, classes: Tensor) -> float:
+    """Share of samples whose largest output is that of their class."""
+    return float((outputs.argmax(1) == classes).double().mean())
 
 
 def fit(
@@ -157,7 +163,7 @@ def fit(
         schedule.step()
         if step % every == 0 or step == steps:
             model.eval()
-            recorder(step, steps, {"loss": finite(loss), **evaluate(model, task)})
+            recorder(step, steps, {"epoch": task.epoch(step), "loss": finite(loss), **evaluate(model, task)})
             model.train()
     model.eval()
     return recorder.history

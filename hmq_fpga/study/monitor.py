@@ -81,7 +81,14 @@ class Bars:
         self._progress.stop_task(bar)
 
 
-_LABELS = {"rate_expected": "R̃_w", "rate_actual": "R_w", "rate_target": "target", "temperature": "τ"}
+_LABELS = {
+    "val_accuracy": "accuracy",
+    "batch_accuracy": "accuracy",
+    "rate_expected": "R̃_w",
+    "rate_actual": "R_w",
+    "rate_target": "target",
+    "temperature": "τ",
+}
 
 
 class _LazyWriter:

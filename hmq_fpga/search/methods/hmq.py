@@ -21,7 +21,7 @@ from hmq_fpga.search.calibrate import least_error_format, max_thresholds_log2, s
 from hmq_fpga.search.graph import QModel
 from hmq_fpga.search.quantizers import HMQ, Grid
 from hmq_fpga.search.target import Target, activation_sites, cheapest_bits, meets, rate, weight_sites
-from hmq_fpga.search.train import BETAS, Budget, History, Listener, Recorder, Task, batches, finite
+from hmq_fpga.search.train import BETAS, Budget, History, Listener, Recorder, Task, accuracy, batches, finite
 
 CYCLES = 6
 RISING_CYCLES = 4  # the targets reach their final values at the start of this one
@@ -143,7 +143,8 @@ def hmq(
         temperature, weight_rate = schedule.temperature(step), schedule.weight_rate(step)
         p = weight_blocks.sample(temperature, noise)
         grids = [*weight_blocks.grids(p), *activation_blocks.grids(activation_blocks.sample(temperature, noise))]
-        task_loss = task.loss(model(x, dict(zip(names, grids, strict=True))), y)
+        outputs = model(x, dict(zip(names, grids, strict=True)))
+        task_loss = task.loss(outputs, y)
         under = p if options.expected_bits == "gumbel" else weight_blocks.probabilities()
         expected_rate = FLOAT_BITS * sizes.sum() / (weight_blocks.expected_bits(under) * sizes).sum()
         missed = torch.relu(weight_rate - expected_rate) / weight_rate
@@ -156,7 +157,9 @@ def hmq(
                 step + 1,
                 steps,
                 {
+                    "epoch": task.epoch(step + 1),
                     "loss": finite(task_loss),
+                    "batch_accuracy": accuracy(outputs, y),
                     "rate_expected": float(expected_rate.detach()),
                     "rate_actual": rate(chosen_bits, [s.size for s in weights]),
                     "rate_target": weight_rate,
