@@ -21,7 +21,8 @@ import torch
 from hmq_fpga.deploy.parity import check
 from hmq_fpga.deploy.rtl import RtlProject
 from hmq_fpga.ir import cost
-from hmq_fpga.search.graph import freeze, instrument
+from hmq_fpga.search.freeze import freeze
+from hmq_fpga.search.instrument import instrument
 from hmq_fpga.search.methods import find_scheme
 from hmq_fpga.search.target import Target
 from hmq_fpga.search.train import evaluate, finetune, fit

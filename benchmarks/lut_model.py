@@ -19,7 +19,7 @@ from hmq_fpga.deploy import model_estimate
 from hmq_fpga.deploy.rtl import SIZE_LIMIT, RtlProject, size_estimate
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Fixed
-from hmq_fpga.ir.network import Conv2d, Dense, Flatten, Input, MaxPool2d, Op, QNet, Quantize
+from hmq_fpga.ir.network import Conv, Dense, Flatten, Input, MaxPool, Op, QNet, Quantize
 
 MLPS = [(16, 64, 32, 32, 10), (16, 32, 16, 5), (64, 32, 10), (30, 20, 3), (196, 16, 10)]
 
@@ -28,7 +28,7 @@ def draw(rng: np.random.Generator) -> QNet:
     """A network with the value ranges that training leaves: activations reach and pass their thresholds."""
     ops: list[Op] = []
 
-    def linear(kind: type[Dense] | type[Conv2d], shape: tuple[int, ...], **fields: object) -> None:
+    def linear(kind: type[Dense] | type[Conv], shape: tuple[int, ...], **fields: object) -> None:
         format_ = Fixed.from_threshold(signed=True, bits=int(rng.integers(2, 7)), threshold_log2=0)
         spread = format_.hi * 2.0 ** rng.uniform(-1.5, 0)
         codes = np.clip(np.rint(rng.normal(scale=max(spread, 0.6), size=shape)), format_.lo, format_.hi)
@@ -51,11 +51,11 @@ def draw(rng: np.random.Generator) -> QNet:
         channels = int(rng.integers(1, 3))
         ops.append(Input(name="x", shape=(10, 10, channels), format=input_format))
         padding = ((0, 0), (0, 0)) if rng.random() < 0.5 else ((1, 1), (1, 1))
-        linear(Conv2d, (3, 3, channels, 6), stride=(1, 1) if rng.random() < 0.7 else (2, 2), padding=padding)
+        linear(Conv, (3, 3, channels, 6), stride=(1, 1) if rng.random() < 0.7 else (2, 2), padding=padding)
         activation()
         if rng.random() < 0.5:
-            ops.append(MaxPool2d(name="pool", source=ops[-1].name, window=(2, 2), stride=(2, 2)))
-        linear(Conv2d, (2, 2, 6, 8), stride=(1, 1), padding=((0, 0), (0, 0)))
+            ops.append(MaxPool(name="pool", source=ops[-1].name, window=(2, 2), stride=(2, 2)))
+        linear(Conv, (2, 2, 6, 8), stride=(1, 1), padding=((0, 0), (0, 0)))
         activation()
         ops.append(Flatten(name="flat", source=ops[-1].name))
         linear(Dense, (QNet(tuple(ops)).shapes["flat"][0], 10))

@@ -4,12 +4,28 @@ import numpy as np
 from hypothesis import strategies as st
 
 from hmq_fpga.ir.fixed import Codes, Fixed, Reals
-from hmq_fpga.ir.network import Conv2d, Dense, Flatten, Input, MaxPool2d, Op, QNet, Quantize
+from hmq_fpga.ir.network import (
+    Add,
+    AvgPool,
+    Concat,
+    Conv,
+    Dense,
+    DepthwiseConv,
+    Flatten,
+    Input,
+    LeakyRelu,
+    MaxPool,
+    Op,
+    Pad,
+    QNet,
+    Quantize,
+    Scale,
+    Upsample,
+)
 
 BITS = st.integers(1, 8)
 THRESHOLDS_LOG2 = st.integers(-10, 6)
 EITHER = st.booleans()
-FEATURES = st.tuples(st.integers(1, 8))
 SEEDS = st.integers(0, 2**32 - 1)
 
 
@@ -20,62 +36,136 @@ def formats(draw, *, signed=EITHER, bits=BITS, thresholds_log2=THRESHOLDS_LOG2) 
 
 
 @st.composite
-def qnets(draw, *, images=EITHER, bits=BITS, thresholds_log2=THRESHOLDS_LOG2) -> QNet:
-    """Networks as a search leaves them: every linear op but the last is followed by its activation's quantizer."""
+def qnets(draw, *, images=EITHER, bits=BITS, thresholds_log2=THRESHOLDS_LOG2, streams=False) -> QNet:
+    """Networks as a search leaves them, over all ops: whatever a layer with weights or a merge reads is quantized.
 
-    def format_(signed: bool | None = None) -> Fixed:
+    Args:
+        images: whether there are spatial dimensions, one or two.
+        streams: only what hls4ml's io_stream computes.
+    """
+    return _Drawing(draw, bits, thresholds_log2, streams).net(draw(images))
+
+
+class _Drawing:
+    """A network in the making."""
+
+    def __init__(self, draw, bits, thresholds_log2, streams: bool) -> None:
+        self.draw, self.bits, self.thresholds_log2, self.streams = draw, bits, thresholds_log2, streams
+        self.rng = np.random.default_rng(draw(SEEDS))
+        self.ops: list[Op] = []
+
+    def net(self, image: bool) -> QNet:
+        sizes = self.draw(st.lists(st.integers(2, 6), min_size=1, max_size=2)) if image else []
+        shape = (*sizes, self.draw(st.integers(1, 3 if image else 8)))
+        self.ops.append(Input(name="x", shape=shape, format=self.format()))
+        if image:
+            for _ in range(self.draw(st.integers(1, 3))):
+                self.block()
+            self.move()
+            self.add(Flatten)
+            if not isinstance(self.ops[-2], Quantize | MaxPool | Pad | Upsample):
+                self.quantize()
+        for i in range(layers := self.draw(st.integers(1, 3))):
+            if not i and not image and self.draw(st.integers(0, 3)) == 0:
+                self.scale()
+                self.quantize()
+            self.linear(Dense, (self.shape[0], self.draw(st.integers(1, 8))))
+            if i < layers - 1:
+                self.quantize()
+        return QNet(tuple(self.ops))
+
+    @property
+    def last(self) -> str:
+        return self.ops[-1].name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.shape_of(self.last)
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        known = [op.name for op in self.ops].index(name)
+        return QNet(tuple(self.ops)).shapes[name] if known else self.ops[0].shape
+
+    def format(self, signed: bool | None = None) -> Fixed:
         sign = EITHER if signed is None else st.just(signed)
-        return draw(formats(signed=sign, bits=bits, thresholds_log2=thresholds_log2))
+        return self.draw(formats(signed=sign, bits=self.bits, thresholds_log2=self.thresholds_log2))
 
-    rng = np.random.default_rng(draw(SEEDS))
-    image = draw(images)
-    shape = draw(st.tuples(st.integers(2, 6), st.integers(2, 6), st.integers(1, 3)) if image else FEATURES)
-    ops: list[Op] = [Input(name="x", shape=shape, format=format_())]
+    def add(self, op: type[Op], **values) -> None:
+        name = f"{op.__name__.lower()}{len(self.ops)}"
+        self.ops.append(op(name=name, **({} if "sources" in values else {"source": self.last}), **values))
 
-    def shapes() -> tuple[int, ...]:
-        return QNet(tuple(ops)).shapes[ops[-1].name]
+    def quantize(self) -> None:
+        self.add(Quantize, format=self.format())
 
-    if image:
-        for i in range(draw(st.integers(1, 2))):
-            ops.append(_conv(draw, rng, f"conv{i}", ops[-1].name, shapes(), format_(signed=True)))
-            ops.append(Quantize(name=f"conv{i}_q", source=ops[-1].name, format=format_()))
-            if draw(st.booleans()):
-                window = tuple(draw(st.integers(1, min(n, 3))) for n in shapes()[:2])
-                stride = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
-                ops.append(MaxPool2d(name=f"pool{i}", source=ops[-1].name, window=window, stride=stride))
-        ops.append(Flatten(name="flat", source=ops[-1].name))
-    layers = draw(st.integers(1, 3))
-    for i in range(layers):
-        n, m = shapes()[0], draw(st.integers(1, 8))
-        weight_format = format_(signed=True)
-        ops.append(
-            Dense(
-                name=f"dense{i}",
-                source=ops[-1].name,
-                weight=_codes(rng, weight_format, (n, m)),
-                weight_format=weight_format,
-                bias=_biases(rng, m),
-            )
-        )
-        if i < layers - 1:
-            ops.append(Quantize(name=f"dense{i}_q", source=ops[-1].name, format=format_()))
-    return QNet(tuple(ops))
+    def linear(self, op: type[Op], shape: tuple[int, ...], **values) -> None:
+        format_ = self.format(signed=True)
+        biases = _biases(self.rng, shape[-1])
+        self.add(op, weight=_codes(self.rng, format_, shape), weight_format=format_, bias=biases, **values)
 
+    def scale(self) -> None:
+        self.linear(Scale, (self.shape[-1],))
 
-def _conv(draw, rng: np.random.Generator, name: str, source: str, shape: tuple[int, ...], format_: Fixed) -> Conv2d:
-    height, width, channels = shape
-    kernel = draw(st.integers(1, min(height, 3))), draw(st.integers(1, min(width, 3)))
-    pads = st.tuples(st.integers(0, 2), st.integers(0, 2))
-    outputs = draw(st.integers(1, 4))
-    return Conv2d(
-        name=name,
-        source=source,
-        weight=_codes(rng, format_, (*kernel, channels, outputs)),
-        weight_format=format_,
-        bias=_biases(rng, outputs),
-        stride=draw(st.tuples(st.integers(1, 2), st.integers(1, 2))),
-        padding=draw(st.tuples(pads, pads)),
-    )
+    def block(self) -> None:
+        """A layer with weights or a pair of branches, what may follow it, and a quantizer."""
+        kind = self.draw(st.sampled_from(["conv", "conv", "depthwise", "scale", "residual", "concat"]))
+        match kind:
+            case "conv":
+                self.conv(self.kernel())
+            case "depthwise":
+                self.conv(self.kernel(), depthwise=True)
+            case "scale":
+                self.scale()
+            case "residual" | "concat":
+                self.branches(Add if kind == "residual" else Concat)
+        match self.draw(st.sampled_from(["", "leaky", "average", "max"])):
+            case "leaky":
+                self.add(LeakyRelu, shift=self.draw(st.integers(0, 4)))
+            case "average":
+                self.pool(AvgPool)
+            case "max":
+                self.pool(MaxPool)
+        self.quantize()
+        self.move()
+
+    def branches(self, merge: type[Op]) -> None:
+        trunk = self.last
+        outputs = self.shape[-1] if merge is Add else None
+        self.conv(tuple(1 for _ in self.shape[:-1]), plain=True, outputs=outputs)
+        self.quantize()
+        self.add(merge, sources=(self.last, trunk) if self.draw(EITHER) else (trunk, self.last))
+
+    def move(self) -> None:
+        """What moves values that have a format."""
+        match self.draw(st.sampled_from(["", "", "max", "pad", "up"])):
+            case "max":
+                self.pool(MaxPool)
+            case "pad":
+                self.add(Pad, padding=self.padding(len(self.shape) - 1))
+            case "up" if max(self.shape) < 8:
+                self.add(Upsample, factor=tuple(self.draw(st.integers(1, 2)) for _ in self.shape[:-1]))
+
+    def kernel(self) -> tuple[int, ...]:
+        return tuple(self.draw(st.integers(1, min(n, 3))) for n in self.shape[:-1])
+
+    def padding(self, dims: int) -> tuple[tuple[int, int], ...]:
+        return tuple(self.draw(st.tuples(st.integers(0, 2), st.integers(0, 2))) for _ in range(dims))
+
+    def conv(self, kernel, *, depthwise: bool = False, plain: bool = False, outputs: int | None = None) -> None:
+        dims, channels = len(kernel), self.shape[-1]
+        stride = [self.draw(st.integers(1, 2)) for _ in kernel]
+        if depthwise or plain:  # TensorFlow's depthwise convolutions have one stride for both dimensions
+            stride = [1 if plain else stride[0]] * dims
+        elif self.streams and dims == 2 and kernel[0] == 1:
+            stride[0] = 1
+        padding = tuple((0, 0) for _ in kernel) if plain else self.padding(dims)
+        shape = kernel + ((channels,) if depthwise else (channels, outputs or self.draw(st.integers(1, 4))))
+        self.linear(DepthwiseConv if depthwise else Conv, shape, stride=tuple(stride), padding=padding)
+
+    def pool(self, op: type[Op]) -> None:
+        sizes = (1, 2, 3) if op is MaxPool else (1, 2)
+        window = tuple(self.draw(st.sampled_from([n for n in sizes if n <= size])) for size in self.shape[:-1])
+        stride = window if self.streams else tuple(self.draw(st.integers(1, 3)) for _ in window)
+        self.add(op, window=window, stride=stride)
 
 
 def _codes(rng: np.random.Generator, format_: Fixed, shape: tuple[int, ...]) -> Codes:

@@ -31,7 +31,28 @@ from hmq_fpga.deploy.qkeras_model import layer_name, quiet, to_qkeras
 from hmq_fpga.deploy.toolchain import GXX
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Codes, Fixed
-from hmq_fpga.ir.network import Conv2d, Dense, Flatten, Input, MaxPool2d, Op, QNet, Quantize, Shape, source_of
+from hmq_fpga.ir.network import (
+    Add,
+    AvgPool,
+    Concat,
+    Conv,
+    Dense,
+    DepthwiseConv,
+    Flatten,
+    Input,
+    LeakyRelu,
+    Linear,
+    MaxPool,
+    Op,
+    Pad,
+    QNet,
+    Quantize,
+    Scale,
+    Shape,
+    Upsample,
+    kernel_of,
+    sources_of,
+)
 
 Backend = Literal["Vitis", "Vivado"]
 IoType = Literal["io_parallel", "io_stream"]
@@ -201,6 +222,9 @@ class HlsProject:
         """Output codes `(batch, *output shape)` for real inputs `(batch, *input shape)`, channels last."""
         output, samples = self.tensors[-1], self._samples(x)
         values = np.zeros((len(x), *output.shape))
+        with _no_leftovers():
+            for sample, result in zip(samples[:1], values[:1], strict=True):
+                self._call(self._library, sample, result)
         for sample, result in zip(samples, values, strict=True):
             self._call(self._library, sample, result)
         return to_codes(values, output.format, output.op)
@@ -317,41 +341,55 @@ def expected_types(net: QNet) -> Types:
         match op:
             case Input() | Quantize():
                 types[op.name] = {"result": str(op.format)}
-            case Dense() | Conv2d():
-                exact = net.formats[op.name]
-                types[op.name] = {
-                    "result": _exact_type(replace(exact, width=max(exact.width, exact.frac - _next_frac(net, op)))),
-                    "weight": _exact_type(op.weight_format),
-                    "bias": _exact_type(net.bias_format(op)),
-                    "accum": _exact_type(exact),
-                }
-            case MaxPool2d() | Flatten():
+            case MaxPool() | Pad() | Upsample() | Flatten():
                 types[op.name] = {"result": types[op.source]["result"]}
+            case Dense() | Conv() | DepthwiseConv() | Scale() | AvgPool() | LeakyRelu() | Add() | Concat():
+                exact = net.formats[op.name]
+                result = replace(exact, width=max(exact.width, exact.frac - _next_frac(net, op)))
+                types[op.name] = {"result": _exact_type(result), **_inner_types(net, op)}
             case _:
                 assert_never(op)
     return types
+
+
+def _inner_types(net: QNet, op: Op) -> dict[str, str]:
+    """The types inside an op, by role."""
+    exact = net.formats[op.name]
+    match op:
+        case Dense() | Conv() | DepthwiseConv() | Scale():
+            constants = {"weight": _exact_type(op.weight_format), "bias": _exact_type(net.bias_format(op))}
+            return constants if isinstance(op, Scale) else {**constants, "accum": _exact_type(exact)}
+        case AvgPool():  # the sum, before it is divided
+            return {"accum": _exact_type(replace(exact, width=exact.width + exact.frac - net.formats[op.source].frac))}
+        case LeakyRelu():
+            return {"param": _exact_type(Fixed(signed=False, width=1, frac=op.shift))}
+        case _:
+            return {}
 
 
 def _next_frac(net: QNet, op: Op) -> int:
     """Fraction of the coarsest quantizer that reads an op's tensor, directly or after it was moved; else its own."""
     fracs = [net.formats[op.name].frac]
     for reader in net.ops:
-        if source_of(reader) == op.name:
+        if op.name in sources_of(reader):
             if isinstance(reader, Quantize):
                 fracs.append(reader.format.frac)
-            elif isinstance(reader, MaxPool2d | Flatten):
+            elif isinstance(reader, MaxPool | Pad | Upsample | Flatten):
                 fracs.append(_next_frac(net, reader))
     return min(fracs)
 
 
 def _check_streams(net: QNet) -> None:
     """Refuse what hls4ml's streams compute wrongly, or refuse by an assertion in the generated code."""
+    flattened = {op.name for op in net.ops if isinstance(op, Flatten) and len(net.shapes[op.source]) > 1}
     for op in net.ops:
         match op:
-            case MaxPool2d() if op.stride != op.window:
+            case MaxPool() | AvgPool() if op.stride != op.window:
                 fault = f"pool windows of {op.window} at a stride of {op.stride}"
-            case Conv2d() if op.weight.shape[0] == 1 < min(op.weight.shape[1], op.stride[0]):  # all rows get through
-                fault = f"convolve by {op.weight.shape[:2]} at a stride of {op.stride}"
+            case Conv() if len(op.stride) == 2 and op.weight.shape[0] == 1 < min(op.weight.shape[1], op.stride[0]):
+                fault = f"convolve by {kernel_of(op)} at a stride of {op.stride}"  # all rows get through
+            case _ if not isinstance(op, Dense) and flattened.intersection(sources_of(op)):
+                fault = "feed a flattened image to anything but a dense layer"
             case _:
                 continue
         raise InvalidInput(f"op {op.name!r}: hls4ml's io_stream cannot {fault}: use io_parallel")
@@ -377,15 +415,15 @@ def _precisions(net: QNet) -> dict[str, dict[str, str]]:
         match op:
             case Input():
                 layers[f"{op.name}_values"] = result
-            case Dense() | Conv2d():
+            case Dense() | Conv() | DepthwiseConv():
                 # The activation that hls4ml splits off. With one of the two types unset it drops the next quantizer.
                 layers[f"{op.name}_linear"] = result
-            case MaxPool2d():
+            case Scale():
+                layers[op.name] = {"scale" if role == "weight" else role: t for role, t in types[op.name].items()}
+            case MaxPool():
                 layers[op.name] = {**result, "accum": result["result"]}
-            case Quantize() | Flatten():
-                pass
             case _:
-                assert_never(op)
+                pass
     return {name: dict(types) for name, types in layers.items()}
 
 
@@ -402,7 +440,7 @@ class _KerasView:
     def to_json(self) -> str:
         architecture = json.loads(self.model.to_json())
         for layer in architecture["config"]["layers"]:
-            for quantizer in ("kernel_quantizer", "bias_quantizer"):
+            for quantizer in ("kernel_quantizer", "depthwise_quantizer", "bias_quantizer"):
                 layer["config"].pop(quantizer, None)
         return json.dumps(architecture)
 
@@ -436,15 +474,18 @@ def _tensors(net: QNet, graph: Any) -> tuple[Tensor, ...]:
         format = net.formats[op.name]
         moved = isinstance(op, Flatten) or (isinstance(op, Quantize) and format == net.formats[op.source])
         if moved and (node is None or isinstance(op, Flatten)):  # nothing to compute: the source's variable
-            source = tensors[op.source]  # type: ignore[union-attr]
+            (name,) = sources_of(op)
+            source = tensors[name]
             variable, typedefs = source.variable, {"result": source.typedefs["result"]}
         elif node is None:
             raise RuntimeError(f"hls4ml dropped layer {op.name!r}")
         else:
             variable, typedefs = node.get_output_variable().name, {"result": node.get_output_variable().type.name}
-            if isinstance(op, Dense | Conv2d):
-                typedefs |= {role: node.get_weights(role).type.name for role in ("weight", "bias")}
-                typedefs["accum"] = node.get_attr("accum_t").name
+            if isinstance(op, Linear):
+                weight = "scale" if isinstance(op, Scale) else "weight"
+                typedefs |= {"weight": node.get_weights(weight).type.name, "bias": node.get_weights("bias").type.name}
+            inner = {"accum", "param"} & _inner_types(net, op).keys()
+            typedefs |= {role: node.get_attr(f"{role}_t").name for role in inner}
         tensors[op.name] = Tensor(
             op=op.name, variable=variable, shape=net.shapes[op.name], format=format, typedefs=typedefs
         )
@@ -452,13 +493,13 @@ def _tensors(net: QNet, graph: Any) -> tuple[Tensor, ...]:
 
 
 def _check_layers(net: QNet, graph: Any) -> None:
-    """Every layer is an op's, but for zero padding, which keeps the type."""
+    """Every layer is an op's, but for zero padding and copies of streams, which keep the type."""
     known = {op.name for op in net.ops} | {f"{net.input.name}_values"}
     for name, node in graph.graph.items():
         if name in known:
             continue
         source, result = node.get_input_variable().type.precision, node.get_output_variable().type.precision
-        if node.class_name != "ZeroPadding2D" or source != result:
+        if node.class_name not in ("ZeroPadding1D", "ZeroPadding2D", "Clone") or source != result:
             raise RuntimeError(f"hls4ml added layer {name!r}, {source} to {result}")
 
 
@@ -488,6 +529,26 @@ def _compare(expected: Types, actual: Types) -> None:
         for role, kind in roles.items():
             if actual[op][role] != kind:
                 raise RuntimeError(f"hls4ml made the {role} of layer {op!r} {actual[op][role]} instead of {kind}")
+
+
+@contextlib.contextmanager
+def _no_leftovers() -> Iterator[None]:
+    """Fail where a stream is not read to its end: C simulation only prints that, hardware would hang.
+
+    Raises:
+        ParityError: with what was printed.
+    """
+    stdout = os.dup(1)
+    with tempfile.TemporaryFile() as printed:
+        os.dup2(printed.fileno(), 1)
+        try:
+            yield
+        finally:
+            os.dup2(stdout, 1)
+            os.close(stdout)
+        printed.seek(0)
+        if lines := [line for line in printed.read().decode().splitlines() if "leftover data" in line]:
+            raise ParityError(f"C simulation: {lines[0]}")
 
 
 class _TraceData(ctypes.Structure):

@@ -8,6 +8,7 @@ What never changes or is never read costs nothing; so the range of each channel 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import assert_never
@@ -17,7 +18,26 @@ import numpy.typing as npt
 
 from hmq_fpga.deploy.report import Resources
 from hmq_fpga.ir.fixed import Codes, Reals
-from hmq_fpga.ir.network import Conv2d, Dense, Flatten, Input, Linear, MaxPool2d, Op, QNet, Quantize
+from hmq_fpga.ir.network import (
+    Add,
+    AvgPool,
+    Concat,
+    Conv,
+    Dense,
+    DepthwiseConv,
+    Flatten,
+    Input,
+    LeakyRelu,
+    MaxPool,
+    Op,
+    Pad,
+    QNet,
+    Quantize,
+    Scale,
+    Upsample,
+    by_output,
+    sources_of,
+)
 
 # log(LUTs per addition): a constant, then the coefficients of the logarithms of the mean bits of the inputs and of
 # the sums, the number of outputs and inputs, and the digits per weight; fitted by benchmarks/lut_model.py
@@ -74,8 +94,8 @@ def luts(net: QNet, fit: Sequence[float] = FIT) -> float:
     for op in reversed(net.ops):
         live = read[op.name] & ranges[op.name].varies
         total += _luts(net, op, ranges, live, fit)
-        if not isinstance(op, Input):
-            read[op.source] |= _reads(op, live, len(read[op.source]))
+        for source, mask in zip(sources_of(op), _reads(net, op, live), strict=True):
+            read[source] |= mask
     return total
 
 
@@ -104,12 +124,19 @@ def _product_luts(weight: Codes, input_bits: Reals, sum_bits: Reals, fit: Sequen
 def _luts(net: QNet, op: Op, ranges: Mapping[str, Ranges], live: Mask, fit: Sequence[float]) -> float:
     """LUTs of the channels `live` of an op at all its positions."""
     positions = int(np.prod(net.shapes[op.name][:-1], dtype=int))
+    result = ranges[op.name]
     match op:
-        case Dense() | Conv2d():
-            source, sums = ranges[op.source], ranges[op.name]
+        case Dense() | Conv():
+            source = ranges[op.source]
             windows = len(_by_channel(op))
-            weight = op.weight.reshape(-1, op.weight.shape[-1])[:, live] * np.tile(source.varies, windows)[:, None]
-            return positions * _product_luts(weight, np.tile(source.bits, windows), sums.bits[live], fit)
+            weight = by_output(op)[:, live] * np.tile(source.varies, windows)[:, None]
+            return positions * _product_luts(weight, np.tile(source.bits, windows), result.bits[live], fit)
+        case DepthwiseConv() | Scale() | AvgPool():
+            weight, source = _by_output_or_ones(op, len(live)), ranges[op.source]
+            return positions * sum(
+                _product_luts(weight[:, [c]], np.full(len(weight), source.bits[c]), result.bits[[c]], fit)
+                for c in np.flatnonzero(live)
+            )
         case Quantize():
             source = ranges[op.source]
             dropped = max(net.formats[op.source].frac - op.format.frac, 0)
@@ -117,53 +144,81 @@ def _luts(net: QNet, op: Op, ranges: Mapping[str, Ranges], live: Mask, fit: Sequ
             rectifies, saturates = source.lo[live] < 0, rounded > op.format.width
             gates = 0.5 * rounded * rectifies + 0.5 * op.format.width * saturates + 0.3 * (dropped > 0)
             return positions * float(gates.sum())
-        case MaxPool2d():
-            comparisons = op.window[0] * op.window[1] - 1
-            return positions * comparisons * 1.5 * float(ranges[op.name].bits[live].sum())  # a difference, a choice
-        case Input() | Flatten():
+        case MaxPool():
+            comparisons = math.prod(op.window) - 1
+            return positions * comparisons * 1.5 * float(result.bits[live].sum())  # a difference, a choice
+        case LeakyRelu():
+            return positions * 0.5 * float(result.bits[live].sum())
+        case Add():
+            return positions * float(result.bits[live].sum())
+        case Input() | Pad() | Upsample() | Flatten() | Concat():
             return 0.0
         case _:
             assert_never(op)
 
 
 def _range(net: QNet, op: Op, ranges: Mapping[str, Ranges]) -> Ranges:
+    if isinstance(op, Input):
+        return Ranges(np.full(op.shape[-1], op.format.lo), np.full(op.shape[-1], op.format.hi))
+    lo, hi = ranges[sources_of(op)[0]].lo, ranges[sources_of(op)[0]].hi
+    if isinstance(op, Conv | DepthwiseConv | Pad) and np.any(op.padding):
+        lo, hi = np.minimum(lo, 0), np.maximum(hi, 0)
     match op:
-        case Input():
-            return Ranges(np.full(op.shape[-1], op.format.lo), np.full(op.shape[-1], op.format.hi))
-        case Dense() | Conv2d():
-            lo, hi = ranges[op.source].lo, ranges[op.source].hi
-            if isinstance(op, Conv2d) and np.any(op.padding):
-                lo, hi = np.minimum(lo, 0), np.maximum(hi, 0)
+        case Dense() | Conv():
             weight = _by_channel(op)
             positive, negative = np.maximum(weight, 0).sum(axis=0), np.minimum(weight, 0).sum(axis=0)
             return Ranges(lo @ positive + hi @ negative + op.bias, hi @ positive + lo @ negative + op.bias)
+        case DepthwiseConv() | Scale() | AvgPool():
+            weight = _by_output_or_ones(op, len(lo))
+            positive, negative = np.maximum(weight, 0).sum(axis=0), np.minimum(weight, 0).sum(axis=0)
+            bias = 0 if isinstance(op, AvgPool) else op.bias
+            return Ranges(lo * positive + hi * negative + bias, hi * positive + lo * negative + bias)
         case Quantize():
-            source, frac = ranges[op.source], net.formats[op.source].frac
-            return Ranges(op.format.requantize(source.lo, frac), op.format.requantize(source.hi, frac))
-        case MaxPool2d():
-            return ranges[op.source]
+            frac = net.formats[op.source].frac
+            return Ranges(op.format.requantize(lo, frac), op.format.requantize(hi, frac))
+        case LeakyRelu():
+            return Ranges(*(np.where(x < 0, x, x << op.shift) for x in (lo, hi)))
+        case MaxPool() | Pad() | Upsample():
+            return Ranges(lo, hi)
         case Flatten():
-            source, positions = ranges[op.source], int(np.prod(net.shapes[op.source][:-1], dtype=int))
-            return Ranges(np.tile(source.lo, positions), np.tile(source.hi, positions))
+            positions = int(np.prod(net.shapes[op.source][:-1], dtype=int))
+            return Ranges(np.tile(lo, positions), np.tile(hi, positions))
+        case Add() | Concat():
+            frac = net.formats[op.name].frac
+            first, second = (
+                (ranges[name].lo << shift, ranges[name].hi << shift)
+                for name in op.sources
+                for shift in [frac - net.formats[name].frac]
+            )
+            if isinstance(op, Add):
+                return Ranges(first[0] + second[0], first[1] + second[1])
+            return Ranges(np.concatenate([first[0], second[0]]), np.concatenate([first[1], second[1]]))
         case _:
             assert_never(op)
 
 
-def _reads(op: Quantize | Dense | Conv2d | MaxPool2d | Flatten, live: Mask, channels: int) -> Mask:
-    """Channels of the source that the channels `live` of an op depend on."""
-    reads: Mask
+def _reads(net: QNet, op: Op, live: Mask) -> list[Mask]:
+    """Channels of each source that the channels `live` of an op depend on."""
     match op:
-        case Dense() | Conv2d():
-            reads = (_by_channel(op)[..., live] != 0).any(axis=(0, 2))
-        case Quantize() | MaxPool2d():
-            reads = live
+        case Input():
+            return []
+        case Dense() | Conv():
+            return [(_by_channel(op)[..., live] != 0).any(axis=(0, 2))]
+        case DepthwiseConv() | Scale():
+            return [live & (by_output(op) != 0).any(axis=0)]
         case Flatten():
-            reads = live.reshape(-1, channels).any(axis=0)
+            return [live.reshape(-1, net.shapes[op.source][-1]).any(axis=0)]
+        case Concat():
+            return np.split(live, [net.shapes[op.sources[0]][-1]])
         case _:
-            assert_never(op)
-    return reads
+            return [live for _ in sources_of(op)]
 
 
-def _by_channel(op: Linear) -> Codes:
+def _by_output_or_ones(op: DepthwiseConv | Scale | AvgPool, channels: int) -> Codes:
+    """Weights `(terms, channels)` of an op that treats each channel for itself."""
+    return np.ones((math.prod(op.window), channels), np.int64) if isinstance(op, AvgPool) else by_output(op)
+
+
+def _by_channel(op: Dense | Conv) -> Codes:
     """Weights as `(window positions, input channels, outputs)`."""
     return op.weight.reshape(-1, *op.weight.shape[-2:])

@@ -17,7 +17,28 @@ import numpy.typing as npt
 from hmq_fpga.deploy.parity import to_codes
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Codes, Fixed
-from hmq_fpga.ir.network import Conv2d, Dense, Flatten, Input, Linear, MaxPool2d, Op, Padding, QNet, Quantize, Shape
+from hmq_fpga.ir.network import (
+    Add,
+    AvgPool,
+    Concat,
+    Conv,
+    Dense,
+    DepthwiseConv,
+    Flatten,
+    Input,
+    LeakyRelu,
+    Linear,
+    MaxPool,
+    Op,
+    Pad,
+    QNet,
+    Quantize,
+    Scale,
+    Shape,
+    Upsample,
+    kernel_of,
+    sources_of,
+)
 
 BATCH = 1024  # samples at a time
 FloatType = Literal["float32", "float64"]
@@ -54,8 +75,7 @@ def to_qkeras(net: QNet) -> Any:
             tensors[op.name] = _apply(net, op, tensors, source, keras, dtype)
         model = keras.Model(source, tensors[net.output.name])
         for op in net.linears:
-            values = op.weight_format.decode(op.weight), net.bias_format(op).decode(op.bias)
-            model.get_layer(op.name).set_weights(values)
+            model.get_layer(op.name).set_weights(_constants(net, op))
     return model
 
 
@@ -144,44 +164,94 @@ def _significant_bits(net: QNet, op: Op) -> int:
         case Quantize():  # x + (q - x) on the finer of the two grids
             source = net.formats[op.source]
             return max(op.format.width, source.width + max(0, op.format.frac - source.frac))
-        case Dense() | Conv2d():
+        case Dense() | Conv() | DepthwiseConv() | Scale():
             return net.partial_sum_bits(op)
-        case MaxPool2d() | Flatten():
+        case AvgPool() | LeakyRelu() | Add():
+            return net.formats[op.name].width
+        case MaxPool() | Pad() | Upsample() | Flatten() | Concat():
             return 0
         case _:
             assert_never(op)
 
 
 def _apply(net: QNet, op: Op, tensors: dict[str, Any], inputs: Any, keras: Any, dtype: FloatType) -> Any:
+    """The Keras tensor of an op."""
+    if isinstance(op, Input):
+        return _activation(op, _bits_text(op, op.format))(inputs)
+    sources = [tensors[name] for name in sources_of(op)]
+    layer = _layer(net, op, keras, dtype)
+    if isinstance(op, Add | Concat):
+        return layer(sources)
+    if isinstance(op, Conv | DepthwiseConv) and _padding_name(op, net.shapes[op.source]) is None:
+        dims = len(op.padding)
+        padding = getattr(keras.layers, f"ZeroPadding{dims}D")(_per_dimension(op.padding), name=f"{op.name}_padding")
+        return layer(padding(*sources))
+    return layer(*sources)
+
+
+def _layer(net: QNet, op: Op, keras: Any, dtype: FloatType) -> Any:
+    """The Keras layer of an op, but for padding before a convolution."""
     import qkeras
 
+    layers = keras.layers
     match op:
-        case Input():
-            return _activation(op, _bits_text(op, op.format))(inputs)
         case Quantize():
             relu = net.formats[op.source].signed and not op.format.signed
             # quantized_relu computes in float32 whatever the model's type; quantized_bits is the same function
             if relu and dtype == "float32":
-                text = f"quantized_relu({op.format.width},{op.format.threshold_log2})"
-            else:
-                text = _bits_text(op, op.format)
-            return _activation(op, text)(tensors[op.source])
+                return _activation(op, f"quantized_relu({op.format.width},{op.format.threshold_log2})")
+            return _activation(op, _bits_text(op, op.format))
         case Dense():
-            return qkeras.QDense(op.weight.shape[1], name=op.name, **_quantizers(net, op))(tensors[op.source])
-        case Conv2d():
-            x, padding = tensors[op.source], _padding_name(op, net.shapes[op.source])
-            if padding is None:
-                x = keras.layers.ZeroPadding2D(op.padding, name=f"{op.name}_padding")(x)
-            *kernel, _, filters = op.weight.shape
-            return qkeras.QConv2D(filters, kernel, op.stride, padding or "valid", name=op.name, **_quantizers(net, op))(
-                x
-            )
-        case MaxPool2d():
-            return keras.layers.MaxPooling2D(op.window, op.stride, name=op.name)(tensors[op.source])
+            return qkeras.QDense(op.weight.shape[1], name=op.name, **_quantizers(net, op, "kernel"))
+        case Conv():
+            kind = qkeras.QConv1D if len(op.stride) == 1 else qkeras.QConv2D
+            windows = {"padding": _padding_name(op, net.shapes[op.source]) or "valid", "strides": op.stride}
+            return kind(op.weight.shape[-1], kernel_of(op), name=op.name, **windows, **_quantizers(net, op, "kernel"))
+        case DepthwiseConv():
+            windows = {"padding": _padding_name(op, net.shapes[op.source]) or "valid", "strides": op.stride}
+            if len(op.stride) == 1:  # QKeras has none: the values are on their grids anyway
+                return layers.DepthwiseConv1D(kernel_of(op), name=op.name, **windows)
+            if op.stride[0] != op.stride[1]:
+                raise InvalidInput(f"op {op.name!r}: TensorFlow has no depthwise convolution of stride {op.stride}")
+            quantizers = _quantizers(net, op, "depthwise")
+            return qkeras.QDepthwiseConv2D(kernel_of(op), name=op.name, **windows, **quantizers)
+        case Scale():
+            return layers.BatchNormalization(epsilon=0, fused=False, name=op.name)
+        case MaxPool():
+            return getattr(layers, f"MaxPooling{len(op.window)}D")(op.window, op.stride, name=op.name)
+        case AvgPool():
+            return getattr(layers, f"AveragePooling{len(op.window)}D")(op.window, op.stride, name=op.name)
+        case LeakyRelu():
+            return layers.LeakyReLU(2.0**-op.shift, name=op.name)
+        case Pad():
+            return getattr(layers, f"ZeroPadding{len(op.padding)}D")(_per_dimension(op.padding), name=op.name)
+        case Upsample():
+            return getattr(layers, f"UpSampling{len(op.factor)}D")(_per_dimension(op.factor), name=op.name)
         case Flatten():
-            return keras.layers.Flatten(name=op.name)(tensors[op.source])
+            return layers.Flatten(name=op.name)
+        case Add():
+            return layers.Add(name=op.name)
+        case Concat():
+            return layers.Concatenate(name=op.name)
         case _:
-            assert_never(op)
+            raise AssertionError(f"no layer for {op}")
+
+
+def _per_dimension(values: tuple[Any, ...]) -> Any:
+    """Keras takes the one value of one dimension without a tuple around it."""
+    return values if len(values) > 1 else values[0]
+
+
+def _constants(net: QNet, op: Linear) -> list[npt.NDArray[np.float64]]:
+    """The weights of an op's Keras layer."""
+    weight, bias = op.weight_format.decode(op.weight), net.bias_format(op).decode(op.bias)
+    match op:
+        case DepthwiseConv():
+            return [weight[..., None], bias]
+        case Scale():
+            return [weight, bias, np.zeros_like(bias), np.ones_like(bias)]  # mean 0, variance 1
+        case _:
+            return [weight, bias]
 
 
 def _bits_text(op: Op, format: Fixed) -> str:
@@ -201,11 +271,11 @@ def _activation(op: Op, text: str) -> Any:
     return qkeras_small.QActivation(text, name=layer_name(op))
 
 
-def _quantizers(net: QNet, op: Linear) -> dict[str, Any]:
+def _quantizers(net: QNet, op: Linear, weight: str) -> dict[str, Any]:
     return {
-        "kernel_quantizer": _constant_quantizer(op.weight_format),
+        f"{weight}_quantizer": _constant_quantizer(op.weight_format),
         "bias_quantizer": _constant_quantizer(net.bias_format(op)),
-        "kernel_initializer": "zeros",
+        f"{weight}_initializer": "zeros",
     }
 
 
@@ -226,13 +296,13 @@ def _is_computable(integer: int) -> bool:
     return 0 <= integer <= 30
 
 
-def _padding_name(op: Conv2d, source: Shape) -> str | None:
+def _padding_name(op: Conv | DepthwiseConv, source: Shape) -> str | None:
     """The name that Keras has for a convolution's padding, if any."""
-    if op.padding == ((0, 0), (0, 0)):
+    if not np.any(op.padding):
         return "valid"
-    same: Padding = tuple(  # type: ignore[assignment]
+    same = tuple(
         (total // 2, total - total // 2)
-        for n, k, s in zip(source, op.weight.shape, op.stride, strict=False)
+        for n, k, s in zip(source, kernel_of(op), op.stride, strict=False)
         for total in [max((-(-n // s) - 1) * s + k - n, 0)]
     )
     return "same" if op.padding == same else None

@@ -10,6 +10,7 @@ comes before it, such as an ADC. Everything is traced in codes, hence in integer
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -42,7 +43,29 @@ from hmq_fpga.deploy.verilator import Port, VerilatorSimulator, compile_verilog
 from hmq_fpga.deploy.yosys import synthesis_script, synthesize
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Codes, Fixed
-from hmq_fpga.ir.network import Conv2d, Dense, Flatten, Input, MaxPool2d, Op, Padding, Pair, QNet, Quantize
+from hmq_fpga.ir.network import (
+    Add,
+    AvgPool,
+    Concat,
+    Conv,
+    Dense,
+    DepthwiseConv,
+    Flatten,
+    Input,
+    LeakyRelu,
+    MaxPool,
+    Merge,
+    Op,
+    Pad,
+    Padding,
+    QNet,
+    Quantize,
+    Scale,
+    Upsample,
+    Window,
+    by_output,
+    kernel_of,
+)
 
 SIZE_LIMIT = 50_000  # of `size_estimate`: minutes of tracing, up to some 250,000 LUTs
 MAX_BITS = 28  # of a tensor: all that the tracer computes then fits 31-bit constants and 63-bit values
@@ -273,13 +296,13 @@ def _operations(net: QNet, op: Op) -> int:
     positions = int(np.prod(net.shapes[op.name][:-1], dtype=int))
     values = int(np.prod(net.shapes[op.name], dtype=int))
     match op:
-        case Dense() | Conv2d():
+        case Dense() | Conv() | DepthwiseConv() | Scale():
             return positions * int(signed_digits(op.weight).sum()) + values
-        case Quantize():
+        case Quantize() | LeakyRelu() | Add():
             return values
-        case MaxPool2d():
-            return values * op.window[0] * op.window[1]
-        case Input() | Flatten():
+        case MaxPool() | AvgPool():
+            return values * math.prod(op.window)
+        case Input() | Pad() | Upsample() | Flatten() | Concat():
             return 0
         case _:
             assert_never(op)
@@ -325,28 +348,61 @@ def _simplify(program: CombLogic) -> CombLogic:
 
 def _apply(net: QNet, op: Op, tensors: Mapping[str, FVArray]) -> FVArray:
     """One op on symbolic codes, as `ir.reference` does it on numbers."""
+    if isinstance(op, Input):
+        signed = np.full(op.shape, op.format.signed)
+        integer = np.full(op.shape, op.format.width - op.format.signed)
+        return FVArray.from_kif(signed, integer, np.zeros_like(integer), _HARDWARE, solver_options=_SOLVER)
+    if isinstance(op, Add | Concat):
+        return _merge(net, op, tensors)
+    x = tensors[op.source]
     match op:
-        case Input():
-            signed = np.full(op.shape, op.format.signed)
-            integer = np.full(op.shape, op.format.width - op.format.signed)
-            return FVArray.from_kif(signed, integer, np.zeros_like(integer), _HARDWARE, solver_options=_SOLVER)
         case Quantize():
-            x = tensors[op.source]
             source = net.formats[op.source]
             return _elementwise(lambda v: _requantize(v, source, op.format), x)
         case Dense():
-            return _product(tensors[op.source], op.weight, op.bias)
-        case Conv2d():
-            x = _pad(tensors[op.source], op.padding)
-            windows = _windows(x, op.weight.shape[:2], op.stride)
-            columns = windows.reshape(*windows.shape[:2], -1)
-            return _product(columns, op.weight.reshape(-1, op.weight.shape[-1]), op.bias)
-        case MaxPool2d():
-            return np.max(_windows(tensors[op.source], op.window, op.stride), axis=(2, 3))
+            return _product(x, op.weight, op.bias)
+        case Conv():
+            columns = _columns(_pad(x, op.padding), op)
+            return _product(columns.reshape(*columns.shape[:-2], -1), by_output(op), op.bias)
+        case DepthwiseConv():
+            return _products(_columns(_pad(x, op.padding), op), by_output(op), op.bias)
+        case Scale():
+            return _products(x.reshape(*x.shape[:-1], 1, -1), by_output(op), op.bias)
+        case MaxPool():
+            return np.max(_columns(x, op), axis=-2)
+        case AvgPool():
+            shape = math.prod(op.window), x.shape[-1]
+            return _products(_columns(x, op), np.ones(shape, np.int64), np.zeros(shape[-1], np.int64))
+        case LeakyRelu():
+            return _elementwise(lambda v: (v * 2.0**op.shift).max_of(v), x)
+        case Pad():
+            return _pad(x, op.padding)
+        case Upsample():
+            values = np.asarray(x)
+            for axis, factor in enumerate(op.factor):
+                values = values.repeat(factor, axis)
+            return _like(x, values)
         case Flatten():
-            return tensors[op.source].reshape(-1)
+            return x.reshape(-1)
         case _:
             assert_never(op)
+
+
+def _merge(net: QNet, op: Merge, tensors: Mapping[str, FVArray]) -> FVArray:
+    frac = net.formats[op.name].frac
+    first, second = (tensors[name] * 2.0 ** (frac - net.formats[name].frac) for name in op.sources)
+    if isinstance(op, Add):
+        return first + second
+    return _like(first, np.concatenate([np.asarray(first), np.asarray(second)], axis=-1))
+
+
+def _products(columns: FVArray, weight: Codes, bias: Codes) -> FVArray:
+    """`(…, k, c)` times `(k, c)`, summed over k, plus bias: each channel for itself."""
+    values = np.asarray(columns)
+    channels = [
+        np.asarray(_product(_like(columns, values[..., c]), weight[:, [c]], bias[[c]])) for c in range(len(bias))
+    ]
+    return _like(columns, np.concatenate(channels, axis=-1))
 
 
 def _product(x: FVArray, weight: Codes, bias: Codes) -> FVArray:
@@ -411,11 +467,12 @@ def _pad(x: FVArray, padding: Padding) -> FVArray:
     return _like(x, np.pad(np.asarray(x), (*padding, (0, 0)), constant_values=0.0))
 
 
-def _windows(x: FVArray, window: Pair | tuple[int, ...], stride: Pair) -> FVArray:
-    """`(h, w, c)` to `(rows, columns, kh, kw, c)`."""
-    views = sliding_window_view(np.asarray(x), (window[0], window[1]), (0, 1))  # type: ignore[call-overload]
-    views = views[:: stride[0], :: stride[1]]
-    return _like(x, np.moveaxis(views, 2, -1))
+def _columns(x: FVArray, op: Window) -> FVArray:
+    """The windows of an op: `(*spatial, c)` to `(*positions, values of a window, c)`."""
+    window = kernel_of(op)
+    views = sliding_window_view(np.asarray(x), window, tuple(range(len(window))))  # type: ignore[call-overload]
+    views = np.moveaxis(views[tuple(slice(None, None, stride) for stride in op.stride)], len(window), -1)
+    return _like(x, views.reshape(*views.shape[: len(window)], math.prod(window), x.shape[-1]))
 
 
 def _like(x: FVArray, values: npt.NDArray[np.object_]) -> FVArray:

@@ -6,12 +6,14 @@ are reported beside it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from hmq_fpga.ir.fixed import Codes
-from hmq_fpga.ir.network import Conv2d, Dense, Linear, QNet
+from hmq_fpga.ir.fixed import Codes, Fixed
+from hmq_fpga.ir.network import Linear, QNet
 from hmq_fpga.ir.scheme import Scheme
 
 FLOAT_BITS = 32
@@ -27,10 +29,62 @@ def weight_rate(scheme: Scheme) -> float:
     return FLOAT_BITS * sum(t.size for t in scheme.of_kind("weight")) / weight_bits(scheme)
 
 
-def activation_rate(scheme: Scheme) -> float:
-    """R_a: float bits of the largest activation tensor over bits of the costliest quantized one (Eq. 10)."""
-    tensors = scheme.of_kind("activation", "input")
-    return FLOAT_BITS * max(t.size for t in tensors) / max(t.format.width * t.size for t in tensors)
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One tensor of a network, as far as memory is concerned.
+
+    Attributes:
+        name: of the tensor.
+        sources: names of the tensors that it is made from.
+        size: values of one sample.
+        holds: `format` for a tensor with a format of its own, `source` for one that has its source's (such as a
+            pooled one), `nothing` for sums on their way to a quantizer.
+    """
+
+    name: str
+    sources: Sequence[str]
+    size: int
+    holds: Literal["format", "source", "nothing"]
+
+
+def moments(steps: Sequence[Step]) -> list[dict[str, int]]:
+    """What has to be held whenever a tensor with a format has just been made.
+
+    That is the tensor itself, and every earlier one that something later still reads. In a plain chain it is the
+    tensor alone, as in the paper's Eq. 10-11; in a residual block the shortcut's tensor counts as well.
+
+    Returns:
+        for each such moment, how many values are held in the format of which tensor.
+    """
+    last_read = {source: i for i, step in enumerate(steps) for source in step.sources}
+    owners: dict[str, str | None] = {}
+    found = []
+    for i, step in enumerate(steps):
+        match step.holds:
+            case "format":
+                owners[step.name] = step.name
+                held: dict[str, int] = {}
+                for other in steps[: i + 1]:
+                    owner = owners[other.name]
+                    if owner and (other is step or last_read.get(other.name, -1) > i):
+                        held[owner] = held.get(owner, 0) + other.size
+                found.append(held)
+            case "source":
+                owners[step.name] = owners[step.sources[0]]
+            case "nothing":
+                owners[step.name] = None
+    return found
+
+
+def activation_rate(held: Sequence[Mapping[str, int]], formats: Mapping[str, Fixed]) -> float:
+    """R_a: bits of the most float values held at once over those of the costliest quantized ones (Eq. 10).
+
+    Args:
+        held: from `moments`.
+        formats: by tensor name.
+    """
+    bits = (sum(formats[name].width * size for name, size in tensors.items()) for tensors in held)
+    return FLOAT_BITS * max(sum(tensors.values()) for tensors in held) / max(bits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +133,7 @@ def _layer_cost(net: QNet, op: Linear) -> LayerCost:
 
 def _uses_per_weight(net: QNet, op: Linear) -> int:
     """How often each weight multiplies, for one sample: once per output position."""
-    match op:
-        case Dense() | Conv2d():
-            return int(np.prod(net.shapes[op.name][:-1], dtype=int))
+    return int(np.prod(net.shapes[op.name][:-1], dtype=int))
 
 
 def _significant_bits(codes: Codes) -> int:

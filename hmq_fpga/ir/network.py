@@ -25,15 +25,17 @@ import numpy as np
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import MAX_WIDTH, Codes, Fixed, Reals
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 Shape = tuple[int, ...]
-Pair = tuple[int, int]
-Padding = tuple[Pair, Pair]  # ((top, bottom), (left, right)), zeros for a convolution
+Padding = tuple[tuple[int, int], ...]  # zeros before and after, for each spatial dimension
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Input:
-    """The network's input, quantized to `format`; shape `(features,)` or `(height, width, channels)`."""
+    """The network's input, quantized to `format`.
+
+    Its shape is `(features,)`, `(length, channels)` or `(height, width, channels)`.
+    """
 
     name: str
     shape: Shape
@@ -61,47 +63,165 @@ class Dense:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Conv2d:
-    """Cross-correlation of `(h, w, c)` with weight codes `(kh, kw, c, m)`, plus bias codes `(m,)`."""
+class Conv:
+    """Cross-correlation over one or two spatial dimensions.
+
+    Reads `(*spatial, c)` with weight codes `(*kernel, c, m)` and bias codes `(m,)`.
+    """
 
     name: str
     source: str
     weight: Codes
     weight_format: Fixed
     bias: Codes
-    stride: Pair
+    stride: Shape
     padding: Padding
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class MaxPool2d:
+class DepthwiseConv:
+    """Cross-correlation of each channel with a kernel of its own.
+
+    Reads `(*spatial, c)` with weight codes `(*kernel, c)` and bias codes `(c,)`.
+    """
+
+    name: str
+    source: str
+    weight: Codes
+    weight_format: Fixed
+    bias: Codes
+    stride: Shape
+    padding: Padding
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Scale:
+    """`x * weight + bias` per channel, with weight codes `(c,)` and bias codes `(c,)`: a BatchNorm not folded."""
+
+    name: str
+    source: str
+    weight: Codes
+    weight_format: Fixed
+    bias: Codes
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LeakyRelu:
+    """`x` where it is not negative, else `x * 2**-shift`: exact, with `shift` more fractional bits."""
+
+    name: str
+    source: str
+    shift: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MaxPool:
     """Maximum over windows; windows that do not fit are dropped."""
 
     name: str
     source: str
-    window: Pair
-    stride: Pair
+    window: Shape
+    stride: Shape
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AvgPool:
+    """Mean over windows of a power of two of values: their exact sum, with as many more fractional bits."""
+
+    name: str
+    source: str
+    window: Shape
+    stride: Shape
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pad:
+    """Zeros around every channel."""
+
+    name: str
+    source: str
+    padding: Padding
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Upsample:
+    """Every value repeated `factor` times along each spatial dimension: nearest-neighbour interpolation."""
+
+    name: str
+    source: str
+    factor: Shape
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Flatten:
-    """`(h, w, c)` to `(h * w * c,)`, in that order."""
+    """`(*spatial, c)` to one dimension, in that order."""
 
     name: str
     source: str
 
 
-Linear = Dense | Conv2d
-Op = Input | Quantize | Dense | Conv2d | MaxPool2d | Flatten
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Add:
+    """Exact sum of two tensors of one shape, on the finer of their grids."""
+
+    name: str
+    sources: tuple[str, str]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Concat:
+    """Two tensors side by side along the channels, on the finer of their grids."""
+
+    name: str
+    sources: tuple[str, str]
+
+
+Linear = Dense | Conv | DepthwiseConv | Scale
+Window = Conv | DepthwiseConv | MaxPool | AvgPool
+Merge = Add | Concat
+Op = (
+    Input
+    | Quantize
+    | Dense
+    | Conv
+    | DepthwiseConv
+    | Scale
+    | LeakyRelu
+    | MaxPool
+    | AvgPool
+    | Pad
+    | Upsample
+    | Flatten
+    | Add
+    | Concat
+)
 _OPS: Mapping[str, type[Op]] = {op.__name__: op for op in get_args(Op)}
 _BIAS = Fixed(signed=True, width=MAX_WIDTH, frac=0)  # with it, no sum of a linear op exceeds int64
+_MAX_SHIFT = 16  # of a leaky ReLU
 _FILES = ("network.json", "weights.npz")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
 
-def source_of(op: Op) -> str | None:
-    """Name of the tensor that `op` reads; None for the input."""
-    return None if isinstance(op, Input) else op.source
+def sources_of(op: Op) -> tuple[str, ...]:
+    """Names of the tensors that `op` reads; none for the input."""
+    match op:
+        case Input():
+            return ()
+        case Add() | Concat():
+            return op.sources
+        case _:
+            return (op.source,)
+
+
+def kernel_of(op: Window) -> Shape:
+    """How many positions an op reads at once, in each spatial dimension."""
+    match op:
+        case MaxPool() | AvgPool():
+            return op.window
+        case DepthwiseConv():
+            return op.weight.shape[:-1]
+        case Conv():
+            return op.weight.shape[:-2]
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,10 +243,10 @@ class QNet:
                 raise InvalidInput(f"op {op.name!r}: a name is letters, digits and underscores, a letter first")
             if op.name in seen:
                 raise InvalidInput(f"op {op.name!r}: the name is taken by an earlier op")
-            if i and (isinstance(op, Input) or op.source not in seen):
-                raise InvalidInput(f"op {op.name!r}: must read an earlier op's tensor, not {source_of(op)!r}")
+            if i and (not sources_of(op) or set(sources_of(op)) - seen):
+                raise InvalidInput(f"op {op.name!r}: must read earlier ops' tensors, not {sources_of(op)}")
             seen.add(op.name)
-        read = {source_of(op) for op in self.ops}
+        read = {source for op in self.ops for source in sources_of(op)}
         if unread := [op.name for op in self.ops[:-1] if op.name not in read]:
             raise InvalidInput(f"op {unread[0]!r}: nothing reads its tensor")
         for op in self.ops:
@@ -189,7 +309,7 @@ class QNet:
         A float computation of `op` is exact if this fits its significand: 24 bits in float32, 53 in float64.
         """
         source = self.formats[op.source]
-        largest = np.abs(_by_output(op.weight)).sum(axis=0) * max(source.hi, -source.lo) + np.abs(op.bias)
+        largest = np.abs(by_output(op)).sum(axis=0) * max(source.hi, -source.lo) + np.abs(op.bias)
         return int(largest.max()).bit_length()
 
     def encode(self, x: np.ndarray[Any, Any]) -> Codes:
@@ -277,41 +397,73 @@ def _naming(op: Op) -> Iterator[None]:
 
 def _check(op: Op) -> None:
     """What an op's own fields must satisfy."""
+    if isinstance(op, Linear):
+        _check_constants(op)
+    if isinstance(op, Window) and (min(op.stride) < 1 or len(op.stride) != len(kernel_of(op))):
+        raise InvalidInput(f"stride {op.stride} does not fit a window of {kernel_of(op)}")
+    if isinstance(op, Conv | DepthwiseConv | Pad):
+        dims = len(op.padding) if isinstance(op, Pad) else len(kernel_of(op))
+        if len(op.padding) != dims or dims not in (1, 2) or min(min(pair) for pair in op.padding) < 0:
+            raise InvalidInput(f"padding {op.padding} is out of range")
     match op:
         case Input():
-            if len(op.shape) not in (1, 3) or min(op.shape) < 1:
-                raise InvalidInput(f"input shape {op.shape} is neither (features,) nor (height, width, channels)")
-        case Dense() | Conv2d():
-            ndim = 2 if isinstance(op, Dense) else 4
-            if op.weight.dtype != np.int64 or op.bias.dtype != np.int64:
-                raise InvalidInput("weight and bias codes are int64")
-            if op.weight.ndim != ndim or 0 in op.weight.shape or op.bias.shape != op.weight.shape[-1:]:
+            if len(op.shape) not in (1, 2, 3) or min(op.shape) < 1:
                 raise InvalidInput(
-                    f"weight {op.weight.shape} and bias {op.bias.shape} do not fit a {type(op).__name__}"
+                    f"input shape {op.shape} is none of (features,), (length, channels), (height, width, channels)"
                 )
-            if not op.weight_format.contains(op.weight):
-                raise InvalidInput(f"a weight code is outside {op.weight_format}")
-            if not _BIAS.contains(op.bias):
-                raise InvalidInput(f"a bias code exceeds {_BIAS.width} bits")
-            if isinstance(op, Conv2d) and (min(op.stride) < 1 or min(min(p) for p in op.padding) < 0):
-                raise InvalidInput(f"stride {op.stride} or padding {op.padding} is out of range")
-        case MaxPool2d():
-            if min(op.window) < 1 or min(op.stride) < 1:
-                raise InvalidInput(f"window {op.window} or stride {op.stride} is out of range")
-        case Quantize() | Flatten():
-            pass
-        case _:
-            assert_never(op)
+        case MaxPool() | AvgPool():
+            if min(op.window) < 1 or len(op.window) not in (1, 2):
+                raise InvalidInput(f"window {op.window} is out of range")
+            if isinstance(op, AvgPool) and math.prod(op.window).bit_count() != 1:
+                raise InvalidInput(f"a mean over {op.window} values is exact only for powers of two")
+        case LeakyRelu():
+            if not 0 <= op.shift <= _MAX_SHIFT:
+                raise InvalidInput(f"slope 2**-{op.shift} is outside 2**-{_MAX_SHIFT} … 1")
+        case Upsample():
+            if min(op.factor) < 1 or len(op.factor) not in (1, 2):
+                raise InvalidInput(f"factor {op.factor} is out of range")
+        case Add() | Concat():
+            if len(set(op.sources)) != 2:
+                raise InvalidInput(f"merges two different tensors, not {op.sources}")
+
+
+_WEIGHT_DIMS: Mapping[type, tuple[int, ...]] = {Dense: (2,), Conv: (3, 4), DepthwiseConv: (2, 3), Scale: (1,)}
+
+
+def _check_constants(op: Linear) -> None:
+    if op.weight.dtype != np.int64 or op.bias.dtype != np.int64:
+        raise InvalidInput("weight and bias codes are int64")
+    dims = _WEIGHT_DIMS[type(op)]
+    if op.weight.ndim not in dims or 0 in op.weight.shape or op.bias.shape != op.weight.shape[-1:]:
+        raise InvalidInput(f"weight {op.weight.shape} and bias {op.bias.shape} do not fit a {type(op).__name__}")
+    if not op.weight_format.contains(op.weight):
+        raise InvalidInput(f"a weight code is outside {op.weight_format}")
+    if not _BIAS.contains(op.bias):
+        raise InvalidInput(f"a bias code exceeds {_BIAS.width} bits")
 
 
 def _format(op: Op, formats: Mapping[str, Fixed]) -> Fixed:
     match op:
         case Input() | Quantize():
             return op.format
-        case Dense() | Conv2d():
+        case Dense() | Conv() | DepthwiseConv() | Scale():
             return _accumulator(op, formats[op.source])
-        case MaxPool2d() | Flatten():
+        case MaxPool() | Pad() | Upsample() | Flatten():
             return formats[op.source]
+        case AvgPool():
+            source, values = formats[op.source], math.prod(op.window)
+            return Fixed.enclosing(source.lo * values, source.hi * values, source.frac + values.bit_length() - 1)
+        case LeakyRelu():
+            source = formats[op.source]
+            return Fixed.enclosing(source.lo, source.hi << op.shift, source.frac + op.shift)
+        case Add() | Concat():
+            frac = max(formats[name].frac for name in op.sources)
+            sources = [formats[name] for name in op.sources]
+            if max(source.width + frac - source.frac for source in sources) >= MAX_WIDTH:
+                raise InvalidInput(f"{sources[0]} and {sources[1]} on one grid exceed {MAX_WIDTH} bits")
+            los, his = zip(*((f.lo << frac - f.frac, f.hi << frac - f.frac) for f in sources), strict=True)
+            both = (sum, sum) if isinstance(op, Add) else (min, max)
+            return Fixed.enclosing(both[0](los), both[1](his), frac)
         case _:
             assert_never(op)
 
@@ -323,46 +475,70 @@ def _accumulator(op: Linear, source: Fixed) -> Fixed:
     """
     if source.width + op.weight_format.width + int(op.weight.size).bit_length() > MAX_WIDTH:
         raise InvalidInput(f"its sums of {source} times {op.weight_format} may exceed {MAX_WIDTH} bits")
-    weight = _by_output(op.weight)
+    weight = by_output(op)
     positive, negative = np.maximum(weight, 0).sum(axis=0), np.minimum(weight, 0).sum(axis=0)
     lo = positive * source.lo + negative * source.hi + op.bias
     hi = positive * source.hi + negative * source.lo + op.bias
     return Fixed.enclosing(int(lo.min()), int(hi.max()), source.frac + op.weight_format.frac)
 
 
-def _by_output(weight: Codes) -> Codes:
-    """Weights of a linear op as `(terms of one sum, outputs)`."""
-    return weight.reshape(-1, weight.shape[-1])
+def by_output(op: Linear) -> Codes:
+    """Weight codes of a linear op as `(terms of one sum, outputs)`."""
+    return op.weight.reshape(-1, op.weight.shape[-1])
 
 
 def _shape(op: Op, shapes: Mapping[str, Shape]) -> Shape:
+    if isinstance(op, Input):
+        return op.shape
+    if isinstance(op, Add | Concat):
+        return _merged_shape(op, *(shapes[name] for name in op.sources))
+    source = shapes[op.source]
     match op:
-        case Input():
-            return op.shape
-        case Quantize():
-            return shapes[op.source]
+        case Quantize() | LeakyRelu():
+            return source
         case Flatten():
-            return (math.prod(shapes[op.source]),)
+            return (math.prod(source),)
         case Dense():
-            source = shapes[op.source]
-            if source[-1] != op.weight.shape[0]:
-                raise InvalidInput(f"reads {source}, but its weight {op.weight.shape} takes {op.weight.shape[0]}")
+            _require_channels(op, source, op.weight.shape[0])
             return (*source[:-1], op.weight.shape[1])
-        case Conv2d():
-            source = shapes[op.source]
-            if len(source) != 3 or source[2] != op.weight.shape[2]:
-                raise InvalidInput(
-                    f"reads {source}, but its weight {op.weight.shape} takes {op.weight.shape[2]} channels"
-                )
-            padded = tuple(n + sum(pad) for n, pad in zip(source, op.padding, strict=False))
-            return (*_windows(padded, op.weight.shape[:2], op.stride), op.weight.shape[3])
-        case MaxPool2d():
-            source = shapes[op.source]
-            if len(source) != 3:
-                raise InvalidInput(f"reads {source}, but pools (height, width, channels)")
-            return (*_windows(source[:2], op.window, op.stride), source[2])
+        case Scale():
+            _require_channels(op, source, op.weight.shape[0])
+            return source
+        case Conv() | DepthwiseConv() | MaxPool() | AvgPool():
+            spatial = _spatial(source, len(kernel_of(op)))
+            if isinstance(op, Conv | DepthwiseConv):
+                _require_channels(op, source, op.weight.shape[len(spatial)])
+                spatial = tuple(n + sum(pair) for n, pair in zip(spatial, op.padding, strict=True))
+            outputs = op.weight.shape[-1] if isinstance(op, Conv) else source[-1]
+            return (*_windows(spatial, kernel_of(op), op.stride), outputs)
+        case Pad():
+            spatial = _spatial(source, len(op.padding))
+            return (*(n + sum(pair) for n, pair in zip(spatial, op.padding, strict=True)), source[-1])
+        case Upsample():
+            spatial = _spatial(source, len(op.factor))
+            return (*(n * k for n, k in zip(spatial, op.factor, strict=True)), source[-1])
         case _:
             assert_never(op)
+
+
+def _merged_shape(op: Merge, first: Shape, second: Shape) -> Shape:
+    if isinstance(op, Add) and first == second:
+        return first
+    if isinstance(op, Concat) and first[:-1] == second[:-1]:
+        return (*first[:-1], first[-1] + second[-1])
+    raise InvalidInput(f"cannot merge {first} and {second}")
+
+
+def _require_channels(op: Linear, source: Shape, channels: int) -> None:
+    if source[-1] != channels:
+        raise InvalidInput(f"reads {source}, but its weight {op.weight.shape} takes {channels}")
+
+
+def _spatial(source: Shape, dims: int) -> Shape:
+    """All dimensions but the channels."""
+    if len(source) != dims + 1:
+        raise InvalidInput(f"reads {source}, but works on {dims} dimensions and channels")
+    return source[:-1]
 
 
 def _windows(size: Shape, window: Shape, stride: Shape) -> Shape:
@@ -392,6 +568,8 @@ def _op_from_json(entry: dict[str, Any], arrays: Mapping[str, Codes]) -> Op:
             values[name] = Fixed.from_json(entry[name])
         elif name in ("name", "source"):
             values[name] = entry[name]
+        elif name == "sources":
+            values[name] = tuple(entry[name])
         else:
             values[name] = _integers(entry[name])
     return cls(**values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, assert_never
 
@@ -9,7 +10,29 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from hmq_fpga.ir.fixed import Codes
-from hmq_fpga.ir.network import Conv2d, Dense, Flatten, Input, MaxPool2d, Op, Padding, Pair, QNet, Quantize
+from hmq_fpga.ir.network import (
+    Add,
+    AvgPool,
+    Concat,
+    Conv,
+    Dense,
+    DepthwiseConv,
+    Flatten,
+    Input,
+    LeakyRelu,
+    MaxPool,
+    Merge,
+    Op,
+    Pad,
+    Padding,
+    QNet,
+    Quantize,
+    Scale,
+    Upsample,
+    Window,
+    by_output,
+    kernel_of,
+)
 
 BATCH = 1024  # samples at a time: bounds the memory of the convolutions' windows
 
@@ -34,25 +57,51 @@ def _execute(net: QNet, input_codes: Codes) -> dict[str, Codes]:
 
 
 def _apply(net: QNet, op: Op, tensors: Mapping[str, Codes]) -> Codes:
+    if isinstance(op, Input):
+        return tensors[op.name]
+    if isinstance(op, Add | Concat):
+        return _merge(net, op, tensors)
+    x = tensors[op.source]
+    result: Codes
     match op:
-        case Input():
-            return tensors[op.name]
         case Quantize():
-            return op.format.requantize(tensors[op.source], net.formats[op.source].frac)
+            return op.format.requantize(x, net.formats[op.source].frac)
         case Dense():
-            return _matmul(tensors[op.source], op.weight, net.partial_sum_bits(op)) + op.bias
-        case Conv2d():
-            windows = _windows(_pad(tensors[op.source], op.padding), op.weight.shape[:2], op.stride)
-            columns = windows.reshape(*windows.shape[:3], -1)
-            return _matmul(columns, op.weight.reshape(-1, op.weight.shape[-1]), net.partial_sum_bits(op)) + op.bias
-        case MaxPool2d():
-            pooled: Codes = _windows(tensors[op.source], op.window, op.stride).max(axis=(3, 4))
-            return pooled
+            return _matmul(x, op.weight, net.partial_sum_bits(op)) + op.bias
+        case Conv():
+            columns = _columns(_pad(x, op.padding), op)
+            columns = columns.reshape(*columns.shape[:-2], -1)
+            return _matmul(columns, by_output(op), net.partial_sum_bits(op)) + op.bias
+        case DepthwiseConv():
+            result = np.einsum("...kc,kc->...c", _columns(_pad(x, op.padding), op), by_output(op)) + op.bias
+            return result
+        case Scale():
+            result = x * op.weight + op.bias
+            return result
+        case MaxPool():
+            result = _columns(x, op).max(axis=-2)
+            return result
+        case AvgPool():  # the sum: the mean has more fractional bits
+            result = _columns(x, op).sum(axis=-2)
+            return result
+        case LeakyRelu():
+            return np.where(x < 0, x, x << op.shift)
+        case Pad():
+            return _pad(x, op.padding)
+        case Upsample():
+            for axis, factor in enumerate(op.factor, 1):
+                x = x.repeat(factor, axis)
+            return x
         case Flatten():
-            x = tensors[op.source]
             return x.reshape(len(x), -1)
         case _:
             assert_never(op)
+
+
+def _merge(net: QNet, op: Merge, tensors: Mapping[str, Codes]) -> Codes:
+    frac = net.formats[op.name].frac
+    first, second = (tensors[name] << frac - net.formats[name].frac for name in op.sources)
+    return first + second if isinstance(op, Add) else np.concatenate([first, second], axis=-1)
 
 
 def _matmul(x: Codes, weight: Codes, partial_sum_bits: int) -> Codes:
@@ -66,7 +115,10 @@ def _pad(x: Codes, padding: Padding) -> Codes:
     return np.pad(x, ((0, 0), *padding, (0, 0)))
 
 
-def _windows(x: Codes, window: Pair | tuple[int, ...], stride: Pair) -> Codes:
-    """`(batch, h, w, c)` to `(batch, rows, columns, kh, kw, c)`."""
-    views = sliding_window_view(x, (window[0], window[1]), (1, 2))[:, :: stride[0], :: stride[1]]  # type: ignore[call-overload]
-    return np.moveaxis(views, 3, -1)
+def _columns(x: Codes, op: Window) -> Codes:
+    """The windows of an op: `(batch, *spatial, c)` to `(batch, *positions, values of a window, c)`."""
+    window = kernel_of(op)
+    axes = tuple(range(1, 1 + len(window)))
+    steps = (slice(None), *(slice(None, None, stride) for stride in op.stride))
+    views = np.moveaxis(sliding_window_view(x, window, axes)[steps], 1 + len(window), -1)  # type: ignore[call-overload]
+    return views.reshape(*views.shape[: 1 + len(window)], math.prod(window), x.shape[-1])

@@ -57,20 +57,23 @@ class Target:
     def activation_bits(self, model: QModel, activation_rate: float | None = None) -> dict[str, int]:
         """Bit-width of the input and every activation, by name (Eq. 10-11).
 
+        What counts for a tensor is the largest moment in which it is held (see `cost.moments`): alone in a chain,
+        together with the shortcut's tensor inside a residual block.
+
         Args:
             model: the instrumented network.
             activation_rate: in place of R_a, for a schedule that approaches it.
         """
         rate = activation_rate or self.activation_rate
-        sites = activation_sites(model)
-        largest = max(site.size for site in sites)
+        totals = [sum(held.values()) for held in model.moments]
         bits = {}
-        for site in sites:
-            bits[site.name] = min(int(FLOAT_BITS * largest / rate / site.size + 1e-9), self.max_activation_bits)
+        for site in activation_sites(model):
+            size = max(total for held, total in zip(model.moments, totals, strict=True) if site.name in held)
+            bits[site.name] = min(int(FLOAT_BITS * max(totals) / rate / size + 1e-9), self.max_activation_bits)
             if bits[site.name] < self.min_activation_bits:
-                most = FLOAT_BITS * largest / site.size / self.min_activation_bits
+                most = FLOAT_BITS * max(totals) / size / self.min_activation_bits
                 raise InvalidInput(
-                    f"R_a = {rate:g} leaves tensor {site.name!r} ({site.size} values) under "
+                    f"R_a = {rate:g} leaves tensor {site.name!r} (held among {size} values) under "
                     f"{self.min_activation_bits} bit: choose R_a up to {most:g}"
                 )
         return bits

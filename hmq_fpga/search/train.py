@@ -23,9 +23,10 @@ class Task:
     """What to learn. Choices are made on training and validation data; a test split has no place here.
 
     Attributes:
-        x_train, y_train: inputs `(n, *sample shape)`, channels first, and class numbers `(n,)`.
+        x_train, y_train: inputs `(n, *sample shape)`, channels first, and class numbers `(n,)`, or real targets
+            `(n, *output shape)` of a regression.
         x_val, y_val: validation split.
-        loss: mean loss of a batch of outputs and targets.
+        custom_loss: mean loss of a batch of outputs and targets; None: cross entropy, of a regression squared error.
         batch_size: samples per optimizer step.
     """
 
@@ -33,8 +34,22 @@ class Task:
     y_train: Tensor
     x_val: Tensor
     y_val: Tensor
-    loss: Loss = F.cross_entropy
+    custom_loss: Loss | None = None
     batch_size: int = 64
+
+    @property
+    def regression(self) -> bool:
+        """Whether targets are real numbers."""
+        return self.y_train.is_floating_point()
+
+    @property
+    def loss(self) -> Loss:
+        """Mean loss of a batch of outputs and targets."""
+        return self.custom_loss or (F.mse_loss if self.regression else F.cross_entropy)
+
+    def accuracies(self, split: str, outputs: Tensor, targets: Tensor) -> dict[str, float]:
+        """`{"<split>_accuracy": share of right classes}`; of a regression nothing: its loss says all."""
+        return {} if self.regression else {f"{split}_accuracy": accuracy(outputs, targets)}
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -116,9 +131,9 @@ def batches(task: Task, steps: int, generator: torch.Generator) -> Iterator[tupl
 
 @torch.no_grad()
 def evaluate(model: Callable[[Tensor], Tensor], task: Task) -> dict[str, float]:
-    """Loss and accuracy on the validation split."""
+    """Loss, and of classes the accuracy, on the validation split."""
     outputs = torch.cat([model(batch) for batch in task.x_val.split(1024)])
-    return {"val_loss": float(task.loss(outputs, task.y_val)), "val_accuracy": accuracy(outputs, task.y_val)}
+    return {"val_loss": float(task.loss(outputs, task.y_val)), **task.accuracies("val", outputs, task.y_val)}
 
 
 def accuracy(outputs: Tensor, classes: Tensor) -> float:

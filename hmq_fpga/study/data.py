@@ -7,16 +7,19 @@ choose on the same samples, and the test data stay untouched.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 from sklearn.datasets import fetch_openml, load_digits
 from sklearn.model_selection import train_test_split
 
@@ -32,11 +35,11 @@ SPLIT_SEED = 0
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Dataset:
-    """Samples and classes, as a network takes them.
+    """Samples and what to learn of them, as a network takes them.
 
     Attributes:
-        x_train, x_val, x_test: float32, `(n, features)` or `(n, channels, height, width)`.
-        y_train, y_val, y_test: int64 classes from 0, `(n,)`.
+        x_train, x_val, x_test: float32, `(n, features)`, `(n, channels, length)` or `(n, channels, height, width)`.
+        y_train, y_val, y_test: int64 classes from 0, `(n,)`, or float32 targets of a regression, `(n, *output shape)`.
     """
 
     x_train: Array
@@ -46,13 +49,23 @@ class Dataset:
     x_test: Array
     y_test: Array
 
+    @property
+    def regression(self) -> bool:
+        """Whether there are real targets instead of classes."""
+        return self.y_train.dtype.kind == "f"
+
+    @property
+    def classes_test(self) -> Array | None:
+        """The test split's classes; None of a regression."""
+        return None if self.regression else self.y_test
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of all arrays, shapes included."""
         sha = hashlib.sha256()
-        for field in fields(self):
-            array = getattr(self, field.name)
-            sha.update(f"{field.name}{array.dtype.str}{array.shape}".encode())
+        for entry in fields(self):
+            array = getattr(self, entry.name)
+            sha.update(f"{entry.name}{array.dtype.str}{array.shape}".encode())
             sha.update(np.ascontiguousarray(array).data)
         return sha.hexdigest()
 
@@ -72,15 +85,17 @@ class Source:
 
     Attributes:
         shape: of one sample, channels first.
-        divisor: the published whole numbers are divided by it; a power of two, so that nothing is rounded.
-        fetch: makes the published arrays where the user has no file of them.
+        scale: makes of the published values what a network takes; leaves what it already made as it is.
+        fetch: makes the published arrays where the user has no file of them; None: a file is needed.
         bundled: whether `fetch` needs no network, and so goes before the user's default folder.
+        read: reads the user's file.
     """
 
     shape: tuple[int, ...]
-    divisor: int
-    fetch: Callable[[], Raw]
+    scale: Callable[[Dataset], Dataset]
+    fetch: Callable[[], Raw] | None = None
     bundled: bool = False
+    read: Callable[[Path], Raw] = field(default_factory=lambda: _read)
 
 
 def load(name: str, path: Path | None = None) -> Dataset:
@@ -89,21 +104,56 @@ def load(name: str, path: Path | None = None) -> Dataset:
     Args:
         name: a key of `SOURCES`.
         path: an `.npz` file, or a folder that holds `<name>.npz`. By default the folder that HMQ_FPGA_DATA names;
-            where that has no such file, the set is downloaded from OpenML and cached. A file holds the whole
-            numbers as they were published, which are scaled here, or values as the network takes them.
+            where that has no such file, the set is downloaded from OpenML and cached if it is there. A file holds
+            the values as they were published, which are scaled here, or as the network takes them.
 
     Raises:
         InvalidInput: when it cannot be found, downloaded or used.
     """
     source = SOURCES[name]
     file = _find(name, path, source)
-    raw, where = (_read(file), str(file)) if file else (source.fetch(), f"data set {name!r}")
-    dataset = as_images(_dataset(raw, where), source.shape)
-    x = dataset.x_train
-    if x.max() <= 1 or (x != np.rint(x)).any():
-        return dataset
-    scale = np.float32(1 / source.divisor)
-    return replace(dataset, x_train=x * scale, x_val=dataset.x_val * scale, x_test=dataset.x_test * scale)
+    if file:
+        raw, where = source.read(file), str(file)
+    elif source.fetch:
+        raw, where = source.fetch(), f"data set {name!r}"
+    else:
+        raise InvalidInput(
+            f"data set {name!r}: has no source to download it from; put {name}.npz into a folder and name that with "
+            f"--data or {DATA_VARIABLE}"
+        )
+    return source.scale(as_images(_dataset(raw, where), source.shape))
+
+
+def reconstruction(dataset: Dataset) -> Dataset:
+    """The same samples as their own targets, as an autoencoder takes them."""
+    return replace(dataset, y_train=dataset.x_train, y_val=dataset.x_val, y_test=dataset.x_test)
+
+
+def _divided_by(divisor: int) -> Callable[[Dataset], Dataset]:
+    """Whole numbers divided by a power of two, so that nothing is rounded; other values as they are."""
+
+    def scale(dataset: Dataset) -> Dataset:
+        x = dataset.x_train
+        if x.max() <= 1 or (x != np.rint(x)).any():
+            return dataset
+        return _with_samples(dataset, lambda x: x * np.float32(1 / divisor))
+
+    return scale
+
+
+def _standardized(axes: tuple[int, ...]) -> Callable[[Dataset], Dataset]:
+    """Zero mean and unit variance, over these axes of the training samples."""
+
+    def scale(dataset: Dataset) -> Dataset:
+        mean, deviation = (f(dataset.x_train, axis=axes, keepdims=True) for f in (np.mean, np.std))
+        return _with_samples(dataset, lambda x: (x - mean) / np.maximum(deviation, np.float32(1e-6)))
+
+    return scale
+
+
+def _with_samples(dataset: Dataset, change: Callable[[Array], Array]) -> Dataset:
+    samples = {name: change(getattr(dataset, name)) for name in ("x_train", "x_val", "x_test")}
+    return replace(dataset, **samples)
 
 
 def load_npz(path: Path) -> Dataset:
@@ -126,17 +176,12 @@ def as_images(dataset: Dataset, shape: tuple[int, ...]) -> Dataset:
     found = dataset.x_train.shape[1:]
     if np.prod(found) != np.prod(shape):
         raise InvalidInput(f"samples have the shape {found}, the task takes {shape}: give other data")
-    return replace(
-        dataset,
-        x_train=dataset.x_train.reshape(-1, *shape),
-        x_val=dataset.x_val.reshape(-1, *shape),
-        x_test=dataset.x_test.reshape(-1, *shape),
-    )
+    return _with_samples(dataset, lambda x: x.reshape(-1, *shape))
 
 
 def channels_last(x: Array) -> Array:
-    """`(n, c, h, w)` to `(n, h, w, c)`; `(n, features)` stays as it is."""
-    return np.ascontiguousarray(np.moveaxis(x, 1, -1)) if x.ndim == 4 else x
+    """`(n, c, *spatial)` to `(n, *spatial, c)`; `(n, features)` stays as it is."""
+    return np.ascontiguousarray(np.moveaxis(x, 1, -1)) if x.ndim > 2 else x
 
 
 def _find(name: str, path: Path | None, source: Source) -> Path | None:
@@ -180,11 +225,17 @@ def _dataset(raw: Raw, where: str) -> Dataset:
     for split, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
         if len(x) != len(y):
             raise InvalidInput(f"{where}: x_{split} has {len(x)} samples and y_{split} {len(y)} labels")
+    if y_train.shape[1:] != y_test.shape[1:] or y_train.dtype != y_test.dtype:
+        raise InvalidInput(f"{where}: y_train and y_test differ in type or in the shape of one target")
     if x_train.shape[1:] != x_test.shape[1:]:
         raise InvalidInput(f"{where}: samples of x_train are {x_train.shape[1:]}, those of x_test {x_test.shape[1:]}")
     try:
         x_train, x_val, y_train, y_val = train_test_split(
-            x_train, y_train, test_size=VALIDATION_SHARE, stratify=y_train, random_state=SPLIT_SEED
+            x_train,
+            y_train,
+            test_size=VALIDATION_SHARE,
+            stratify=y_train if y_train.ndim == 1 else None,
+            random_state=SPLIT_SEED,
         )
     except ValueError as error:
         raise InvalidInput(
@@ -202,16 +253,26 @@ def _samples(x: Array, what: str) -> Array:
             f"{what} has the shape {x.shape}; samples are (n, features), (n, height, width) or "
             "(n, channels, height, width)"
         )
+    x = _finite(x, what)
+    return x[:, None] if x.ndim == 3 else x
+
+
+def _finite(x: Array, what: str) -> Array:
     with np.errstate(over="ignore"):
         x = np.ascontiguousarray(x, dtype=np.float32)
     if bad := x.size - int(np.isfinite(x).sum()):
         raise InvalidInput(f"{what}: {bad} values are NaN or infinite as float32: clean the data first")
-    return x[:, None] if x.ndim == 3 else x
+    return x
 
 
 def _labels(y: Array, what: str) -> Array:
+    if y.dtype.kind == "f" and y.ndim > 1:
+        return _finite(y, what)
     if y.dtype.kind not in "iu" or y.ndim != 1:
-        raise InvalidInput(f"{what} is {y.dtype} of shape {y.shape}; labels are one integer class per sample, (n,)")
+        raise InvalidInput(
+            f"{what} is {y.dtype} of shape {y.shape}; labels are one integer class per sample, (n,), "
+            "or floats of a regression, (n, outputs) or (n, *output shape)"
+        )
     if y.size and y.min() < 0:
         raise InvalidInput(f"{what} holds the label {y.min()}; classes are counted from 0")
     return y.astype(np.int64)
@@ -222,14 +283,35 @@ def _digits() -> Raw:
     return _split(bunch.data, bunch.target)
 
 
-def _pendigits() -> Raw:
-    return _split(*_openml("pendigits", "pendigits"))
+def _tabular(name: str, openml_name: str) -> Callable[[], Raw]:
+    return lambda: _split(*_openml(name, openml_name))
 
 
-def _mnist() -> Raw:
-    x, y = _openml("mnist", "mnist_784")
-    x = x.reshape(-1, 28, 28)
-    return Raw(x[:60_000], y[:60_000], x[60_000:], y[60_000:])
+def _images(name: str, openml_name: str) -> Callable[[], Raw]:
+    """Sixty thousand training images before ten thousand test images."""
+
+    def fetch() -> Raw:
+        x, y = _openml(name, openml_name)
+        return Raw(x[:60_000], y[:60_000], x[60_000:], y[60_000:])
+
+    return fetch
+
+
+def _read_jpegs(path: Path) -> Raw:
+    """A file of JPEG streams: `jpg_train` one after the other, ending at `off_train`, and the same of `test`."""
+    with np.load(path, allow_pickle=False) as archive:
+        if "jpg_train" not in archive.files:
+            return _read(path)
+        streams = {split: (archive[f"jpg_{split}"], archive[f"off_{split}"]) for split in ("train", "test")}
+        labels = {split: archive[f"y_{split}"] for split in streams}
+    x_train, x_test = (_decoded(*streams[split]) for split in ("train", "test"))
+    return Raw(x_train, labels["train"], x_test, labels["test"])
+
+
+def _decoded(data: Array, offsets: Array) -> Array:
+    """Images `(n, channels, height, width)` of JPEG streams."""
+    images = [np.asarray(Image.open(io.BytesIO(data[a:b].tobytes()))) for a, b in pairwise(offsets)]
+    return np.moveaxis(np.stack(images), -1, 1)
 
 
 def _split(x: Array, y: Array) -> Raw:
@@ -243,17 +325,25 @@ def _openml(name: str, openml_name: str) -> tuple[Array, Array]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # its retries; the error below says what matters
             bunch = fetch_openml(openml_name, version=1, as_frame=False, parser="liac-arff")
+            classes = np.unique(bunch.target, return_inverse=True)[1]
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise InvalidInput(
             f"data set {name!r}: cannot be downloaded from OpenML ({reason}); put {name}.npz into a folder and name "
             f"that with --data or {DATA_VARIABLE}"
         ) from error
-    return bunch.data, bunch.target.astype(np.int64)
+    return bunch.data, classes.astype(np.int64)
 
 
+_EACH_FEATURE, _EACH_COEFFICIENT = (0,), (0, 1, 2)
 SOURCES: Mapping[str, Source] = {
-    "digits": Source(shape=(64,), divisor=16, fetch=_digits, bundled=True),
-    "pendigits": Source(shape=(16,), divisor=128, fetch=_pendigits),
-    "mnist": Source(shape=(1, 28, 28), divisor=256, fetch=_mnist),
+    "digits": Source(shape=(64,), scale=_divided_by(16), fetch=_digits, bundled=True),
+    "pendigits": Source(shape=(16,), scale=_divided_by(128), fetch=_tabular("pendigits", "pendigits")),
+    "letter": Source(shape=(16,), scale=_divided_by(16), fetch=_tabular("letter", "letter")),
+    "magic": Source(shape=(10,), scale=_standardized(_EACH_FEATURE), fetch=_tabular("magic", "MagicTelescope")),
+    "jets": Source(shape=(16,), scale=_standardized(_EACH_FEATURE), fetch=_tabular("jets", "hls4ml_lhc_jets_hlf")),
+    "mnist": Source(shape=(1, 28, 28), scale=_divided_by(256), fetch=_images("mnist", "mnist_784")),
+    "fashion_mnist": Source(shape=(1, 28, 28), scale=_divided_by(256), fetch=_images("fashion_mnist", "Fashion-MNIST")),
+    "fsdd_mfcc": Source(shape=(1, 49, 10), scale=_standardized(_EACH_COEFFICIENT)),
+    "cifar10_jpeg": Source(shape=(3, 32, 32), scale=_divided_by(256), read=_read_jpegs),
 }

@@ -130,9 +130,12 @@ def summary(folder: Path, record: Mapping[str, Any]) -> Table:
     grid.add_row("task", f"{config['task']}, method {config['method']}, seed {config['seed']}")
     grid.add_row("R_w", f"{metrics['rw_actual']:.2f} (asked {config['rw']:g})")
     grid.add_row("R_a", f"{metrics['ra_actual']:.2f} (asked {config['ra']:g})")
-    grid.add_row(
-        "accuracy", f"{metrics['qnet_accuracy']:.2%} on the test split (float {metrics['float_accuracy']:.2%})"
-    )
+    if metrics["qnet_accuracy"] is None:
+        grid.add_row("squared error", f"{metrics['qnet_mse']:.5g} on the test split (float {metrics['float_mse']:.5g})")
+    else:
+        grid.add_row(
+            "accuracy", f"{metrics['qnet_accuracy']:.2%} on the test split (float {metrics['float_accuracy']:.2%})"
+        )
     grid.add_row("parity", verdict(parity))
     for resources in json.loads((folder / "resources.json").read_text()):
         grid.add_row(resources["stage"], _figures(resources))

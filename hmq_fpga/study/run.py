@@ -27,7 +27,8 @@ from hmq_fpga.ir import cost, reference
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.network import QNet
 from hmq_fpga.ir.scheme import Scheme
-from hmq_fpga.search.graph import freeze, instrument, run_codes
+from hmq_fpga.search.freeze import freeze, run_codes
+from hmq_fpga.search.instrument import instrument
 from hmq_fpga.search.methods import find_scheme, make_options
 from hmq_fpga.search.target import Target
 from hmq_fpga.search.train import Listener, finetune, fit
@@ -173,9 +174,7 @@ class _Run:
         torch.manual_seed(config.seed)
         self.model = task.build()
         output = self.instrumented().nodes[-1].shape  # unsupported layers and unreachable targets are found here
-        classes = 1 + int(max(dataset.y_train.max(), dataset.y_val.max(), dataset.y_test.max()))
-        if len(output) != 1 or output[0] < classes:
-            raise InvalidInput(f"{config.task}: the model's output is {output}, but the data have {classes} classes")
+        check_output(config.task, output, dataset)
 
     def instrumented(self) -> Any:
         """The current float model with its sites, checked against the target."""
@@ -306,7 +305,7 @@ class _Run:
             "rw_target": config.rw,
             "rw_actual": cost.weight_rate(scheme),
             "ra_target": config.ra,
-            "ra_actual": cost.activation_rate(scheme),
+            "ra_actual": cost.activation_rate(model.moments, model.formats),
         }
 
     def finetune(self, new: Path) -> dict[str, Any]:
@@ -369,7 +368,7 @@ class _Run:
     def parity(self, new: Path) -> dict[str, Any]:
         dataset = self.dataset
         parity = compare(
-            self.folder, channels_last(dataset.x_test), dataset.y_test, verilog=self.config.estimate == "rtl"
+            self.folder, channels_last(dataset.x_test), dataset.classes_test, verilog=self.config.estimate == "rtl"
         )
         write_json(new / "parity.json", parity.to_json())
         _load(self.model, self.folder / "float.pt")
@@ -377,10 +376,10 @@ class _Run:
         with torch.no_grad():
             outputs = torch.cat([self.model(batch) for batch in torch.from_numpy(dataset.x_test).split(1024)])
         net = QNet.load(self.folder / "qnet")
-        codes = reference.run(net, channels_last(dataset.x_test))
+        quantized = net.decode(reference.run(net, channels_last(dataset.x_test)))
         return {
-            "float_accuracy": float(np.mean(outputs.argmax(1).numpy() == dataset.y_test)),
-            "qnet_accuracy": float(np.mean(codes.argmax(1) == dataset.y_test)),
+            **scores("float", channels_last(outputs.numpy()), dataset),
+            **scores("qnet", quantized, dataset),
             "parity_passed": parity.passed,
         }
 
@@ -436,7 +435,28 @@ def compare_again(folder: Path, data: Path | None = None) -> Parity:
     config = make_config(record["config"])
     dataset = resolve(config.task).load(data or config.data)
     verilog = config.estimate == "rtl"
-    return compare(folder, channels_last(dataset.x_test), dataset.y_test, verilog=verilog)
+    return compare(folder, channels_last(dataset.x_test), dataset.classes_test, verilog=verilog)
+
+
+def check_output(task: str, output: tuple[int, ...], dataset: Dataset) -> None:
+    """Raise `InvalidInput` when a model's output, channels first, is not what the data ask for."""
+    if dataset.regression:
+        if output != dataset.y_train.shape[1:]:
+            raise InvalidInput(
+                f"{task}: the model's output is {output}, but the targets are {dataset.y_train.shape[1:]}"
+            )
+        return
+    classes = 1 + int(max(dataset.y_train.max(), dataset.y_val.max(), dataset.y_test.max()))
+    if len(output) != 1 or output[0] < classes:
+        raise InvalidInput(f"{task}: the model's output is {output}, but the data have {classes} classes")
+
+
+def scores(of: str, outputs: np.ndarray[Any, Any], dataset: Dataset) -> dict[str, float | None]:
+    """Accuracy of outputs `(n, *output shape)`, channels last, on the test split; of a regression the squared error."""
+    if dataset.regression:
+        error = float(np.mean(np.square(outputs - channels_last(dataset.y_test))))
+        return {f"{of}_accuracy": None, f"{of}_mse": error}
+    return {f"{of}_accuracy": float(np.mean(outputs.argmax(-1) == dataset.y_test))}
 
 
 def _metrics(record: Mapping[str, Any]) -> dict[str, Any]:

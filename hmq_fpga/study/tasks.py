@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.search.train import Budget
@@ -53,6 +54,14 @@ def _mlp(*widths: int) -> nn.Module:
     return nn.Sequential(*layers[:-1])
 
 
+def _conv(n: int, m: int, kernel: int | tuple[int, int], *, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+    """A convolution with BatchNorm and ReLU; padding keeps the size where the stride is one."""
+    sizes = (kernel, kernel) if isinstance(kernel, int) else kernel
+    padding = tuple(size // 2 for size in sizes)
+    conv = nn.Conv2d(n, m, sizes, stride=stride, padding=padding, groups=groups, bias=False)
+    return [conv, nn.BatchNorm2d(m), nn.ReLU()]
+
+
 def _digits_cnn() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, 8, 3, padding=1),
@@ -68,23 +77,85 @@ def _digits_cnn() -> nn.Module:
     )
 
 
-def _mnist_cnn() -> nn.Module:
+def _image_cnn(*widths: int) -> nn.Module:
+    """28x28 images: a convolution, pooling, two strided convolutions."""
+    first, second, third = widths
     return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1),
-        nn.BatchNorm2d(16),
-        nn.ReLU(),
+        *_conv(1, first, 3),
         nn.MaxPool2d(2),
-        nn.Conv2d(16, 16, 3, stride=2, padding=1),
-        nn.BatchNorm2d(16),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, 3, stride=2, padding=1),
-        nn.BatchNorm2d(32),
-        nn.ReLU(),
+        *_conv(first, second, 3, stride=2),
+        *_conv(second, third, 3, stride=2),
         nn.Flatten(),
-        nn.Linear(512, 10),
+        nn.Linear(16 * third, 10),
     )
 
 
+def _dscnn() -> nn.Module:
+    """A depthwise-separable network for 49x10 cepstral coefficients, after the keyword-spotting DS-CNN."""
+    layers = _conv(1, 32, (9, 3), stride=2)
+    for _ in range(3):
+        layers += [*_conv(32, 32, 3, groups=32), *_conv(32, 32, 1)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+
+
+class _OverTime(nn.Module):
+    """One-dimensional convolutions over the frames of cepstral coefficients, `(1, frames, coefficients)`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv1d(10, 24, 5, stride=2)
+        self.norm1 = nn.BatchNorm1d(24)
+        self.conv2 = nn.Conv1d(24, 24, 3, stride=2)
+        self.norm2 = nn.BatchNorm1d(24)
+        self.conv3 = nn.Conv1d(24, 32, 3)
+        self.norm3 = nn.BatchNorm1d(32)
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(batch, coefficients, frames)` to logits."""
+        x = F.relu(self.norm1(self.conv1(x)))
+        x = F.relu(self.norm2(self.conv2(x)))
+        x = F.relu(self.norm3(self.conv3(x)))
+        return self.head(F.avg_pool1d(x, 8).flatten(1))
+
+
+class _Block(nn.Module):
+    """Two convolutions and a shortcut, which is a 1x1 convolution where the shape changes."""
+
+    def __init__(self, n: int, m: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(n, m, 3, stride=stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(m)
+        self.conv2 = nn.Conv2d(m, m, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(m)
+        self.shortcut: nn.Module = nn.Identity()
+        if (n, stride) != (m, 1):
+            self.shortcut = nn.Sequential(nn.Conv2d(n, m, 1, stride=stride, bias=False), nn.BatchNorm2d(m))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(batch, n, height, width)` to `(batch, m, height / stride, width / stride)`."""
+        y = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
+
+
+def _resnet(widths: Sequence[int], blocks: int) -> nn.Module:
+    """A residual network for 32x32 images: `blocks` blocks of each width, the size halved between widths."""
+    layers = _conv(3, widths[0], 3)
+    n = widths[0]
+    for m in widths:
+        for i in range(blocks):
+            layers.append(_Block(n, m, stride=2 if i == 0 and m != widths[0] else 1))
+            n = m
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(n, 10))
+
+
+def _frames_last(dataset: Dataset) -> Dataset:
+    """`(1, frames, coefficients)` to `(coefficients, frames)`."""
+    moved = {name: getattr(dataset, name)[:, 0].swapaxes(1, 2) for name in ("x_train", "x_val", "x_test")}
+    return replace(dataset, **moved)
+
+
+_CORES = os.cpu_count() or 1
 TASKS = {
     "digits_mlp": Task(
         summary="64-64-32-32-10 on scikit-learn's 8x8 digits",
@@ -104,11 +175,77 @@ TASKS = {
     ),
     "mnist_cnn": Task(
         summary="three convolutions with BatchNorm on MNIST",
-        build=_mnist_cnn,
+        build=lambda: _image_cnn(16, 16, 32),
         load=lambda path: data.load("mnist", path),
         batch_size=128,
-        threads=os.cpu_count() or 1,
+        threads=_CORES,
         budget=Budget(float_steps=3000, search_steps=1800, finetune_steps=1800, float_learning_rate=5e-3),
+        io_type="io_stream",
+    ),
+    "fashion_cnn": Task(
+        summary="three convolutions with BatchNorm on Fashion-MNIST",
+        build=lambda: _image_cnn(16, 32, 32),
+        load=lambda path: data.load("fashion_mnist", path),
+        batch_size=128,
+        threads=_CORES,
+        budget=Budget(float_steps=4000, search_steps=2000, finetune_steps=3000, float_learning_rate=5e-3),
+        io_type="io_stream",
+    ),
+    "letter_mlp": Task(
+        summary="16-128-64-26 on the UCI letters",
+        build=lambda: _mlp(16, 128, 64, 26),
+        load=lambda path: data.load("letter", path),
+        budget=Budget(float_steps=15_000, search_steps=5000, finetune_steps=12_000),
+    ),
+    "magic_mlp": Task(
+        summary="10-64-32-2 on the UCI gamma telescope, features standardized",
+        build=lambda: _mlp(10, 64, 32, 2),
+        load=lambda path: data.load("magic", path),
+        budget=Budget(float_steps=4000, search_steps=3000, finetune_steps=4000, float_learning_rate=5e-3),
+    ),
+    "jets_mlp": Task(
+        summary="16-64-32-32-5 on the jet tagging data of hls4ml's tutorial, features standardized",
+        build=lambda: _mlp(16, 64, 32, 32, 5),
+        load=lambda path: data.load("jets", path),
+        batch_size=1024,
+        budget=Budget(float_steps=8000, search_steps=4000, finetune_steps=6000),
+    ),
+    "dscnn_fsdd": Task(
+        summary="depthwise-separable convolutions on spoken digits (49x10 MFCC), 7k parameters",
+        build=_dscnn,
+        load=lambda path: data.load("fsdd_mfcc", path),
+        threads=_CORES,
+        budget=Budget(float_steps=2000, search_steps=1500, finetune_steps=2500, float_learning_rate=5e-3),
+        io_type="io_stream",
+    ),
+    "conv1d_fsdd": Task(
+        summary="one-dimensional convolutions over the frames of spoken digits",
+        build=_OverTime,
+        load=lambda path: _frames_last(data.load("fsdd_mfcc", path)),
+        budget=Budget(float_steps=2000, search_steps=1500, finetune_steps=2000, float_learning_rate=5e-3),
+    ),
+    "digits_autoencoder": Task(
+        summary="64-32-16-32-64 that reconstructs scikit-learn's digits: a regression",
+        build=lambda: _mlp(64, 32, 16, 32, 64),
+        load=lambda path: data.reconstruction(data.load("digits", path)),
+        budget=Budget(float_steps=4000, search_steps=2000, finetune_steps=4000),
+    ),
+    "resnet8_cifar": Task(
+        summary="the residual network of MLPerf Tiny, 78k parameters, on CIFAR-10 (JPEG)",
+        build=lambda: _resnet((16, 32, 64), blocks=1),
+        load=lambda path: data.load("cifar10_jpeg", path),
+        batch_size=128,
+        threads=_CORES,
+        budget=Budget(float_steps=4000, search_steps=1500, finetune_steps=1500, float_learning_rate=5e-3),
+        io_type="io_stream",
+    ),
+    "resnet18_cifar": Task(
+        summary="ResNet-18, 11M parameters, on CIFAR-10 (JPEG); hours of training",
+        build=lambda: _resnet((64, 128, 256, 512), blocks=2),
+        load=lambda path: data.load("cifar10_jpeg", path),
+        batch_size=128,
+        threads=_CORES,
+        budget=Budget(float_steps=12_000, search_steps=6000, finetune_steps=4000, float_learning_rate=2e-3),
         io_type="io_stream",
     ),
 }

@@ -3,7 +3,7 @@
 import numpy as np
 
 from hmq_fpga.ir.fixed import Fixed
-from hmq_fpga.ir.network import Conv2d, Dense, Flatten, Input, MaxPool2d, QNet, Quantize
+from hmq_fpga.ir.network import Conv, Dense, Flatten, Input, MaxPool, QNet, Quantize
 
 
 def scheme(*, signed: bool, bits: int, m: int) -> Fixed:
@@ -35,13 +35,13 @@ class Builder:
 
     def conv(self, name, kernel, filters, format_, *, stride=(1, 1), padding=((0, 0), (0, 0)), bias=40):
         shape = (*kernel, self.net.shapes[self.ops[-1].name][-1], filters)
-        return self._linear(Conv2d, name, shape, format_, bias, stride=stride, padding=padding)
+        return self._linear(Conv, name, shape, format_, bias, stride=stride, padding=padding)
 
     def quantize(self, name, format_):
         return self._add(Quantize, name, format=format_)
 
     def pool(self, name, window, stride=None):
-        return self._add(MaxPool2d, name, window=window, stride=stride or window)
+        return self._add(MaxPool, name, window=window, stride=stride or window)
 
     def flatten(self, name="flat"):
         return self._add(Flatten, name)

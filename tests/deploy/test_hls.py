@@ -13,7 +13,7 @@ from hmq_fpga.deploy.qkeras_model import QKerasSimulator
 from hmq_fpga.deploy.toolchain import ToolMissing
 from hmq_fpga.ir import reference
 from hmq_fpga.ir.errors import InvalidInput
-from hmq_fpga.ir.network import Conv2d, Dense, Flatten, Input, MaxPool2d, Quantize
+from hmq_fpga.ir.network import Conv, Dense, Flatten, Input, MaxPool, Quantize
 from tests.deploy.networks import Builder, scheme
 
 PROJECTS = {
@@ -91,9 +91,9 @@ def test_the_types_in_the_files_are_the_learned_ones(made):
                 assert types["input_t"] == str(op.format)
             case Quantize():
                 assert types[layers[op.name][0]] == str(op.format)
-            case MaxPool2d():
+            case MaxPool():
                 assert types[layers[op.name][0]] == str(net.formats[op.source])
-            case Dense() | Conv2d():
+            case Dense() | Conv():
                 result, config = layers[op.name]
                 accumulator = plain(net.formats[op.name])
                 assert types[result] == accumulator

@@ -1,3 +1,5 @@
+from typing import Literal
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -5,7 +7,7 @@ from hypothesis import strategies as st
 
 from hmq_fpga.ir import cost
 from hmq_fpga.ir.fixed import Fixed
-from hmq_fpga.ir.network import Conv2d, Dense, Flatten, Input, MaxPool2d, QNet, Quantize
+from hmq_fpga.ir.network import Conv, Dense, Flatten, Input, MaxPool, QNet, Quantize
 from hmq_fpga.ir.scheme import Kind, Scheme, Tensor
 
 
@@ -28,13 +30,48 @@ def test_weight_rate() -> None:
     assert cost.weight_rate(SCHEME) == 32 * 400 / 1100
 
 
-def test_activation_rate_is_set_by_the_costliest_tensor() -> None:
-    assert cost.activation_rate(SCHEME) == 32 * 150 / 800  # the largest float tensor is relu's, 8 x 100 bits cost most
+def step(name: str, *sources: str, size: int, holds: Literal["format", "source", "nothing"] = "format") -> cost.Step:
+    return cost.Step(name=name, sources=sources, size=size, holds=holds)
+
+
+def test_activation_rate_of_a_chain_is_set_by_the_costliest_tensor() -> None:
+    chain = [
+        step("input", size=100),
+        step("a", "input", size=150, holds="nothing"),
+        step("relu", "a", size=150),
+        step("pool", "relu", size=40, holds="source"),
+        step("b", "pool", size=10, holds="nothing"),
+    ]
+    held = cost.moments(chain)
+    assert held == [{"input": 100}, {"relu": 150}]
+    formats = {name: SCHEME[name].format for name in ("input", "relu")}
+    assert (
+        cost.activation_rate(held, formats) == 32 * 150 / 800
+    )  # relu is the largest, the input's 8 x 100 bits cost most
+
+
+def test_a_shortcut_is_held_while_its_block_is_computed() -> None:
+    block = [
+        step("input", size=64),
+        step("x", "input", size=50),
+        step("small", "x", size=20, holds="source"),  # a pooled x is all that the shortcut keeps
+        step("conv1", "small", size=30, holds="nothing"),
+        step("relu1", "conv1", size=30),
+        step("conv2", "relu1", size=20, holds="nothing"),
+        step("quant2", "conv2", size=20),
+        step("sum", "quant2", "small", size=20, holds="nothing"),
+        step("relu2", "sum", size=20),
+    ]
+    held = cost.moments(block)
+    assert held == [{"input": 64}, {"x": 50}, {"x": 20, "relu1": 30}, {"x": 20, "quant2": 20}, {"relu2": 20}]
+    widths = {"input": 2, "x": 8, "relu1": 4, "quant2": 8, "relu2": 8}
+    formats = {name: Fixed(signed=False, width=width, frac=0) for name, width in widths.items()}
+    assert cost.activation_rate(held, formats) == 32 * 64 / (50 * 8)
 
 
 def test_layer_costs_of_a_hand_computed_network() -> None:
     act = Fixed(signed=False, width=3, frac=3)
-    conv = Conv2d(
+    conv = Conv(
         name="conv",
         source="x",
         weight=np.array([0, 1, -3, 4, 5, -8, 7, 0]).reshape(2, 2, 1, 2),
@@ -55,7 +92,7 @@ def test_layer_costs_of_a_hand_computed_network() -> None:
             Input(name="x", shape=(3, 5, 1), format=Fixed(signed=False, width=5, frac=5)),
             conv,  # 4 x 6 padded, 2 x 2 windows with stride (1, 2): 3 x 3 positions
             Quantize(name="q", source="conv", format=act),
-            MaxPool2d(name="pool", source="q", window=(2, 2), stride=(2, 1)),  # 1 x 2 x 2
+            MaxPool(name="pool", source="q", window=(2, 2), stride=(2, 1)),  # 1 x 2 x 2
             Flatten(name="flat", source="pool"),
             fc,
         )

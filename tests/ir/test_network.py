@@ -14,7 +14,25 @@ from numpy.testing import assert_array_equal
 from hmq_fpga.ir import reference
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Fixed
-from hmq_fpga.ir.network import Conv2d, Dense, Flatten, Input, MaxPool2d, Op, QNet, Quantize
+from hmq_fpga.ir.network import (
+    Add,
+    AvgPool,
+    Concat,
+    Conv,
+    Dense,
+    DepthwiseConv,
+    Flatten,
+    Input,
+    LeakyRelu,
+    Linear,
+    MaxPool,
+    Op,
+    Pad,
+    QNet,
+    Quantize,
+    Scale,
+    Upsample,
+)
 from tests.strategies import EITHER, SEEDS, inputs, qnets
 
 BYTE = Fixed(signed=False, width=8, frac=8)
@@ -25,8 +43,8 @@ def image(**changes: Any) -> Input:
     return replace(Input(name="x", shape=(6, 5, 2), format=BYTE), **changes)
 
 
-def conv(**changes: Any) -> Conv2d:
-    op = Conv2d(
+def conv(**changes: Any) -> Conv:
+    op = Conv(
         name="conv",
         source="x",
         weight=np.arange(-4, 4).repeat(6).reshape(3, 2, 2, 4),
@@ -42,8 +60,8 @@ def relu(**changes: Any) -> Quantize:
     return replace(Quantize(name="relu", source="conv", format=BYTE), **changes)
 
 
-def pool(**changes: Any) -> MaxPool2d:
-    return replace(MaxPool2d(name="pool", source="relu", window=(2, 2), stride=(2, 1)), **changes)
+def pool(**changes: Any) -> MaxPool:
+    return replace(MaxPool(name="pool", source="relu", window=(2, 2), stride=(2, 1)), **changes)
 
 
 def flat(**changes: Any) -> Flatten:
@@ -103,32 +121,33 @@ def test_accumulator_is_the_narrowest_that_is_exact() -> None:
     [
         ((), "starts with its Input"),
         (OPS[1:], "starts with its Input"),
-        ((*OPS[:2], image(name="y"), *OPS[2:]), "op 'y': must read an earlier op"),
+        ((*OPS[:2], image(name="y"), *OPS[2:]), "op 'y': must read earlier ops"),
         (changed(2, name="re lu"), "op 're lu': a name is"),
         (changed(2, name="1st"), "op '1st': a name is"),
         (changed(2, name="conv"), "op 'conv': the name is taken"),
-        (changed(2, source="fc"), "op 'relu': must read an earlier op's tensor, not 'fc'"),
+        (changed(2, source="fc"), "op 'relu': must read earlier ops' tensors, not .*fc"),
         (changed(3, source="conv"), "op 'relu': nothing reads its tensor"),
-        (changed(0, shape=(6, 5)), "op 'x': input shape"),
+        (changed(0, shape=(6, 5, 2, 2)), "op 'x': input shape"),
         (changed(0, shape=(6, 0, 2)), "op 'x': input shape"),
-        (changed(0, shape=(6, 5, 3)), "op 'conv': reads .* takes 2 channels"),
+        (changed(0, shape=(6, 5, 3)), "op 'conv': reads .* takes 2"),
         (changed(1, weight=conv().weight + 1), "op 'conv': a weight code is outside"),
         (changed(1, weight=conv().weight.astype(np.int32)), "op 'conv': .* int64"),
         (changed(1, weight=conv().weight * 0.5), "op 'conv': .* int64"),
         (changed(1, bias=np.zeros(4)), "op 'conv': .* int64"),
         (changed(1, bias=np.zeros(3, np.int64)), "op 'conv': weight .* and bias .* do not fit"),
-        (changed(1, weight=conv().weight[0]), "op 'conv': weight .* and bias .* do not fit"),
+        (changed(1, weight=conv().weight[0]), "op 'conv': stride .* does not fit"),
+        (changed(1, weight=conv().weight[0, 0]), "op 'conv': weight .* and bias .* do not fit"),
         (changed(1, weight=conv().weight[:0]), "op 'conv': weight .* and bias .* do not fit"),
         (changed(1, bias=np.array([0, 0, 2**62, 0])), "op 'conv': a bias code"),
         (changed(1, bias=np.array([0, 0, -(2**63), 0])), "op 'conv': a bias code"),
         (changed(1, stride=(0, 1)), "op 'conv': stride"),
-        (changed(1, padding=((0, 0), (0, -1))), "op 'conv': .* padding"),
+        (changed(1, padding=((0, 0), (0, -1))), "op 'conv': padding"),
         (changed(1, padding=((0, 0), (0, 0)), weight=np.zeros((7, 1, 2, 4), np.int64)), "op 'conv': its window"),
         (changed(3, window=(0, 1)), "op 'pool': window"),
-        (changed(3, stride=(1, 0)), "op 'pool': .* stride"),
+        (changed(3, stride=(1, 0)), "op 'pool': stride"),
         (changed(3, window=(6, 1)), "op 'pool': its window"),
         ((*OPS[:4], fc(source="pool")), "op 'fc': reads .* takes 16"),
-        ((*OPS[:5], pool(name="again", source="flat")), "op 'again': reads .* but pools"),
+        ((*OPS[:5], pool(name="again", source="flat")), "op 'again': reads .* but works on 2 dimensions"),
         ((*OPS[:5], conv(name="again", source="flat")), "op 'again': reads"),
         (changed(5, weight_format=Fixed(signed=True, width=50, frac=0)), "op 'fc': its sums .* may exceed"),
         (changed(5, weight_format=Fixed(signed=True, width=3, frac=250)), "op 'fc': step"),
@@ -137,6 +156,56 @@ def test_accumulator_is_the_narrowest_that_is_exact() -> None:
 def test_what_is_wrong_is_named(ops: tuple[Op, ...], message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         QNet(ops)
+
+
+def after_relu(op: type[Op], **values: Any) -> tuple[Op, ...]:
+    sources = {} if "sources" in values else {"source": "relu"}
+    return (*OPS[:3], op(name="new", **sources, **values))
+
+
+@pytest.mark.parametrize(
+    ("ops", "message"),
+    [
+        (after_relu(AvgPool, window=(3, 1), stride=(1, 1)), "mean over .* powers of two"),
+        (after_relu(AvgPool, window=(2,), stride=(1,)), "works on 1 dimensions"),
+        (after_relu(LeakyRelu, shift=-1), r"slope 2\*\*-?"),
+        (after_relu(LeakyRelu, shift=17), "slope"),
+        (after_relu(Pad, padding=((1, 0),)), "works on 1 dimensions"),
+        (after_relu(Pad, padding=((1, 0), (0, -1))), "padding .* out of range"),
+        (after_relu(Upsample, factor=(2, 0)), "factor"),
+        (after_relu(Upsample, factor=(2, 2, 2)), "factor"),
+        (after_relu(Add, sources=("relu", "relu")), "merges two different tensors"),
+        (after_relu(Add, sources=("relu",)), "merges two different tensors"),
+        (after_relu(Add, sources=("relu", "fc")), "must read earlier"),
+        (after_relu(Add, sources=("x", "relu")), "cannot merge"),
+        (after_relu(Concat, sources=("x", "relu")), "cannot merge"),
+        (
+            after_relu(Scale, weight=np.ones(3, np.int64), weight_format=WEIGHT, bias=np.zeros(3, np.int64)),
+            "takes 3",
+        ),
+        (
+            after_relu(
+                DepthwiseConv,
+                weight=np.ones((2, 2, 3), np.int64),
+                weight_format=WEIGHT,
+                bias=np.zeros(3, np.int64),
+                stride=(1, 1),
+                padding=((0, 0), (0, 0)),
+            ),
+            "takes 3",
+        ),
+    ],
+)
+def test_what_is_wrong_with_further_ops_is_named(ops: tuple[Op, ...], message: str) -> None:
+    with pytest.raises(InvalidInput, match=f"op 'new': .*{message}"):
+        QNet(ops)
+
+
+def test_grids_too_far_apart_are_not_merged() -> None:
+    coarse = relu(format=Fixed(signed=False, width=40, frac=-10))
+    fine = Quantize(name="fine", source="conv", format=Fixed(signed=False, width=40, frac=20))
+    with pytest.raises(InvalidInput, match="on one grid exceed"):
+        QNet((*OPS[:2], coarse, fine, Add(name="sum", sources=("relu", "fine"))))
 
 
 @settings(max_examples=50)
@@ -171,7 +240,7 @@ def test_a_folder_with_other_files_is_not_replaced(tmp_path: Path) -> None:
 
 @given(qnets(), st.data())
 def test_digest_changes_with_any_weight(net: QNet, data: st.DataObject) -> None:
-    i = data.draw(st.sampled_from([i for i, op in enumerate(net.ops) if isinstance(op, Dense | Conv2d)]))
+    i = data.draw(st.sampled_from([i for i, op in enumerate(net.ops) if isinstance(op, Linear)]))
     op = net.ops[i]
     field = data.draw(st.sampled_from(["weight", "bias"]))
     codes = getattr(op, field).copy()
@@ -184,9 +253,9 @@ def test_digest_changes_with_any_weight(net: QNet, data: st.DataObject) -> None:
 
 @given(qnets(), EITHER, st.data())
 def test_digest_changes_with_any_format(net: QNet, wider: bool, data: st.DataObject) -> None:
-    i = data.draw(st.sampled_from([i for i, op in enumerate(net.ops) if not isinstance(op, Flatten | MaxPool2d)]))
+    i = data.draw(st.sampled_from([i for i, op in enumerate(net.ops) if isinstance(op, Input | Quantize | Linear)]))
     op = net.ops[i]
-    field = "weight_format" if isinstance(op, Dense | Conv2d) else "format"
+    field = "weight_format" if isinstance(op, Linear) else "format"
     old = getattr(op, field)
     new = replace(old, width=old.width + 1) if wider else replace(old, frac=old.frac + 1)
     assert QNet((*net.ops[:i], replace(op, **{field: new}), *net.ops[i + 1 :])).digest != net.digest
@@ -244,11 +313,11 @@ def drop_weight(folder: Path) -> None:
         lambda folder: (folder / "network.json").write_bytes(b"\xff"),
         change_weight,
         drop_weight,
-        edit(lambda data: data.update(format_version=2)),
+        edit(lambda data: data.update(format_version=1)),
         edit(lambda data: data.update(digest="0" * 64)),
         edit(lambda data: data.pop("ops")),
         edit(lambda data: data.update(ops=[])),
-        edit(lambda data: data["ops"][3].update(op="AvgPool2d")),
+        edit(lambda data: data["ops"][3].update(op="MedianPool")),
         edit(lambda data: data["ops"][3].update(window=[2, 2, 2])),
         edit(lambda data: data["ops"][3].update(window=2)),
         edit(lambda data: data["ops"][3].update(stride=[2, 2])),

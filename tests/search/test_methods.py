@@ -8,7 +8,8 @@ import torch
 from hmq_fpga.ir import cost, reference
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.search.calibrate import max_thresholds_log2
-from hmq_fpga.search.graph import freeze, instrument, run_codes
+from hmq_fpga.search.freeze import freeze, run_codes
+from hmq_fpga.search.instrument import instrument
 from hmq_fpga.search.methods import METHODS, find_scheme
 from hmq_fpga.search.methods.hmq import HmqOptions, Schedule
 from hmq_fpga.search.target import Target, cheapest_bits, meets
@@ -24,7 +25,7 @@ def instrumented(mlp, digits):
 def test_every_method_keeps_its_promise_and_stays_exact(method, rate, mlp, digits, budget):
     model, scheme, _ = find_scheme(instrumented(mlp, digits), digits, budget, Target(weight_rate=rate), method=method)
     assert rate <= cost.weight_rate(scheme) <= 1.1 * rate
-    assert cost.activation_rate(scheme) >= 4
+    assert cost.activation_rate(model.moments, model.formats) >= 4
     assert scheme.found_by["method"] == method
     finetune(model, digits, steps=budget.finetune_steps, learning_rate=2e-3, seed=0)
     assert {name: scheme[name].format for name in scheme} == dict(model.formats)
@@ -77,7 +78,9 @@ def test_activation_bits_follow_eq_11(mlp, digits):
     assert set(Target(activation_rate=4).activation_bits(model).values()) == {8}
     assert list(Target(activation_rate=16).activation_bits(model).values()) == [2, 4, 8]
     assert list(Target(activation_rate=16, max_activation_bits=3).activation_bits(model).values()) == [2, 3, 3]
-    with pytest.raises(InvalidInput, match=r"R_a = 40 leaves tensor 'input' \(64 values\) under 1 bit.*up to 32"):
+    with pytest.raises(
+        InvalidInput, match=r"R_a = 40 leaves tensor 'input' \(held among 64 values\) under 1 bit.*up to 32"
+    ):
         Target(activation_rate=40).check(model)
 
 

@@ -23,7 +23,7 @@ def own_model(tmp_path_factory):
         "def small():\n"
         "    return nn.Sequential(nn.Linear(64, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 10))\n"
         "def tanh():\n"
-        "    return nn.Sequential(nn.Linear(64, 12), nn.Tanh(), nn.Linear(12, 10))\n"
+        "    return nn.Sequential(nn.Linear(64, 12), nn.GELU(), nn.Linear(12, 10))\n"
         "def nan():\n"
         "    model = small()\n"
         "    model[0].weight.data[0, 0] = float('nan')\n"

@@ -43,7 +43,7 @@ def bad_calls(tmp_path, data, own):
         "nan in data": (["digits_mlp", "--data", nan], "x_train: 1 values are NaN"),
         "nan in weights": ([f"{own}:nan", "--data", data], "0.weight holds NaN"),
         "no data for own model": ([f"{own}:small"], "--data"),
-        "unsupported module": ([f"{own}:tanh", "--data", data], "'1' (Tanh) is not supported"),
+        "unsupported module": ([f"{own}:tanh", "--data", data], "'1' (GELU): is not supported"),
         "too few outputs": ([f"{own}:narrow", "--data", data], "but the data have 10 classes"),
         "unreachable R_w": (["digits_mlp", "--rw", "40"], "choose from 4 to 16"),
         "unreachable R_a": (["digits_mlp", "--ra", "100"], "leaves tensor 'input'"),

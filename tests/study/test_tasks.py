@@ -2,18 +2,33 @@ import pytest
 from torch import nn
 
 from hmq_fpga.ir.errors import InvalidInput
-from hmq_fpga.search.graph import instrument
+from hmq_fpga.search.instrument import instrument
 from hmq_fpga.search.target import Target
 from hmq_fpga.study.tasks import TASKS, resolve
 
-SHAPES = {"digits_mlp": (64,), "digits_cnn": (1, 8, 8), "pendigits_mlp": (16,), "mnist_cnn": (1, 28, 28)}
+SHAPES = {
+    "digits_mlp": (64,),
+    "digits_cnn": (1, 8, 8),
+    "pendigits_mlp": (16,),
+    "letter_mlp": (16,),
+    "magic_mlp": (10,),
+    "jets_mlp": (16,),
+    "mnist_cnn": (1, 28, 28),
+    "fashion_cnn": (1, 28, 28),
+    "dscnn_fsdd": (1, 49, 10),
+    "conv1d_fsdd": (10, 49),
+    "digits_autoencoder": (64,),
+    "resnet8_cifar": (3, 32, 32),
+    "resnet18_cifar": (3, 32, 32),
+}
+OUTPUTS = {"letter_mlp": 26, "magic_mlp": 2, "jets_mlp": 5, "digits_autoencoder": 64}
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_every_task_can_be_searched(name):
     model = instrument(TASKS[name].build(), SHAPES[name])
     Target().check(model)
-    assert model.nodes[-1].shape == (10,)
+    assert model.nodes[-1].shape == (OUTPUTS.get(name, 10),)
 
 
 def test_users_file(tmp_path):

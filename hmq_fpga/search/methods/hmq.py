@@ -21,7 +21,7 @@ from hmq_fpga.search.calibrate import least_error_format, max_thresholds_log2, s
 from hmq_fpga.search.graph import QModel
 from hmq_fpga.search.quantizers import HMQ, Grid
 from hmq_fpga.search.target import Target, activation_sites, cheapest_bits, meets, rate, weight_sites
-from hmq_fpga.search.train import BETAS, Budget, History, Listener, Recorder, Task, accuracy, batches, finite
+from hmq_fpga.search.train import BETAS, Budget, History, Listener, Recorder, Task, batches, finite
 
 CYCLES = 6
 RISING_CYCLES = 4  # the targets reach their final values at the start of this one
@@ -159,7 +159,7 @@ def hmq(
                 {
                     "epoch": task.epoch(step + 1),
                     "loss": finite(task_loss),
-                    "batch_accuracy": accuracy(outputs, y),
+                    **task.accuracies("batch", outputs, y),
                     "rate_expected": float(expected_rate.detach()),
                     "rate_actual": rate(chosen_bits, [s.size for s in weights]),
                     "rate_target": weight_rate,

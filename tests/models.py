@@ -1,0 +1,225 @@
+"""Random PyTorch models over everything that is supported, with random schemes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from hypothesis import assume
+from hypothesis import strategies as st
+from torch import nn
+
+from hmq_fpga.ir.errors import UnsupportedLayer
+from hmq_fpga.ir.fixed import Fixed
+from hmq_fpga.search.calibrate import scheme_of
+from hmq_fpga.search.graph import QModel
+from hmq_fpga.search.instrument import instrument
+from tests.strategies import EITHER, SEEDS
+
+NORMS = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d}
+CONVS = {1: nn.Conv1d, 2: nn.Conv2d}
+MAX_POOLS = {1: nn.MaxPool1d, 2: nn.MaxPool2d}
+AVG_POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d}
+PADS = {1: nn.ZeroPad1d, 2: nn.ZeroPad2d}
+
+
+class Shortcut(nn.Module):
+    """The sum of a branch and its input."""
+
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, x):
+        return self.branch(x) + x
+
+
+class Fork(nn.Module):
+    """Two branches side by side."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x):
+        return torch.cat((self.first(x), self.second(x)), 1)
+
+
+class View(nn.Module):
+    """Flattening as many write it."""
+
+    def forward(self, x):
+        return x.view(x.size(0), -1)
+
+
+class Mean(nn.Module):
+    """Global average pooling as many write it."""
+
+    def __init__(self, dims: int) -> None:
+        super().__init__()
+        self.over = tuple(range(2, 2 + dims))
+
+    def forward(self, x):
+        return x.mean(self.over)
+
+
+class Functional(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+class _Drawing:
+    """A model in the making: layers, and the shape that they make of a sample."""
+
+    def __init__(self, draw, streams: bool) -> None:
+        self.draw, self.streams = draw, streams
+        self.dims = draw(st.integers(0, 2))
+        sizes = [draw(st.integers(3, 7)) for _ in range(self.dims)]
+        self.input_shape = (draw(st.integers(1, 3 if self.dims else 8)), *sizes)
+        self.layers: list[nn.Module] = []
+        self.shape = self.input_shape
+
+    def add(self, layer: nn.Module) -> None:
+        self.layers.append(layer)
+        with torch.no_grad():
+            self.shape = tuple(layer.eval()(torch.zeros(2, *self.shape)).shape[1:])
+
+    def pick(self, *choices):
+        return self.draw(st.sampled_from(choices))
+
+    def network(self) -> nn.Sequential:
+        if self.draw(st.integers(0, 3)) == 0:
+            self.add(NORMS[self.dims](self.shape[0]))
+        if self.dims:
+            for _ in range(self.draw(st.integers(1, 3))):
+                self.block()
+            self.add(self.pick(nn.Flatten(), View(), Mean(self.dims)))
+        for _ in range(self.draw(st.integers(0, 2))):
+            self.add(nn.Linear(self.shape[0], self.draw(st.integers(1, 8)), bias=self.draw(EITHER)))
+            if self.draw(EITHER):
+                self.add(nn.BatchNorm1d(self.shape[0]))
+            self.activation()
+        self.add(nn.Linear(self.shape[0], self.draw(st.integers(1, 6))))
+        if self.draw(EITHER):
+            self.add(self.pick(nn.Softmax(-1), nn.Sigmoid(), Functional(torch.tanh)))
+        return nn.Sequential(*self.layers)
+
+    def block(self) -> None:
+        kind = self.pick("conv", "conv", "depthwise", "norm", "shortcut", "fork", "pad", "up")
+        channels = self.shape[0]
+        match kind:
+            case "conv" | "depthwise":
+                self.convolution(depthwise=kind == "depthwise")
+            case "norm":
+                self.add(NORMS[self.dims](channels))
+            case "shortcut":
+                self.add(Shortcut(self.pointwise(channels)))
+            case "fork":
+                self.add(Fork(self.pointwise(2), self.pick(nn.Identity(), self.pointwise(1))))
+            case "pad":
+                self.add(PADS[self.dims](tuple(self.draw(st.integers(0, 2)) for _ in range(2 * self.dims))))
+            case "up" if max(self.shape) < 8:
+                self.add(nn.Upsample(scale_factor=2))
+        if kind in ("conv", "depthwise", "shortcut", "fork") and self.draw(EITHER):
+            self.add(NORMS[self.dims](self.shape[0]))
+        self.activation()
+        self.pool()
+
+    def pointwise(self, outputs: int) -> nn.Module:
+        conv = CONVS[self.dims](self.shape[0], outputs, 1, bias=self.draw(EITHER))
+        return nn.Sequential(conv, nn.ReLU()) if self.draw(EITHER) else conv
+
+    def convolution(self, *, depthwise: bool) -> None:
+        channels, sizes = self.shape[0], self.shape[1:]
+        kernel = tuple(self.draw(st.integers(1, min(n, 3))) for n in sizes)
+        stride = (self.draw(st.integers(1, 2)),) * self.dims
+        if self.streams and self.dims == 2 and kernel[0] == 1:
+            stride = (1, 1)
+        padding = tuple(self.draw(st.integers(0, k // 2)) for k in kernel)
+        outputs = channels if depthwise else self.draw(st.integers(1, 4))
+        groups = channels if depthwise else 1
+        bias = self.draw(EITHER)
+        self.add(CONVS[self.dims](channels, outputs, kernel, stride, padding, groups=groups, bias=bias))
+
+    def activation(self) -> None:
+        slope = 2.0 ** -self.draw(st.integers(0, 4))
+        activation = self.pick(
+            nn.ReLU(),
+            nn.ReLU6(),
+            nn.LeakyReLU(slope),
+            nn.Hardtanh(-1.0, 1.0),
+            nn.Hardtanh(-1.5, 1.5),
+            Functional(F.relu),
+            nn.Identity(),
+        )
+        self.add(activation)
+
+    def pool(self) -> None:
+        kinds = self.pick("", "max", "average")
+        if not kinds:
+            return
+        window = tuple(self.draw(st.integers(1, min(n, 3))) for n in self.shape[1:])
+        stride = window if self.streams else tuple(self.draw(st.integers(1, 3)) for _ in window)
+        self.add((MAX_POOLS if kinds == "max" else AVG_POOLS)[self.dims](window, stride))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A model with a scheme."""
+
+    model: QModel
+    text: str
+
+    def __repr__(self) -> str:
+        return f"{self.text}\n{dict(self.model.formats)}"
+
+
+@st.composite
+def quantized_models(draw, *, streams: bool = False) -> Drawn:
+    """Instrumented models with random statistics, weights and schemes: 1 to 8 bits, thresholds 2^-10 … 2^6.
+
+    Args:
+        streams: only what hls4ml's io_stream computes.
+    """
+    torch.manual_seed(draw(SEEDS) % 2**31)
+    drawing = _Drawing(draw, streams)
+    model = drawing.network()
+    model.train()
+    assume(all(n > 0 for n in drawing.shape))
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+            layer.running_mean = torch.randn_like(layer.running_mean)
+            layer.running_var = torch.rand_like(layer.running_var) + 0.5
+            nn.init.normal_(layer.weight)
+            nn.init.normal_(layer.bias)
+    try:
+        quantized = instrument(model, drawing.input_shape, input_signed=draw(EITHER))
+    except UnsupportedLayer as error:
+        assert "no power of two" in str(error)
+        assume(False)
+    format_seed = draw(SEEDS)
+    return Drawn(randomly_formatted(quantized, format_seed, bits=(1, 8), thresholds=(-10, 6)), str(model))
+
+
+def randomly_formatted(model: QModel, seed: int, *, bits: tuple[int, int], thresholds: tuple[int, int]) -> QModel:
+    """The model with a random scheme, in which most thresholds fit the weights."""
+    rng = np.random.default_rng(seed)
+    formats = {}
+    for site in model.sites:
+        width = int(rng.integers(*bits, endpoint=True))
+        near = max(-3, thresholds[0]), min(2, thresholds[1])
+        m = int(rng.integers(*(near if rng.integers(3) else thresholds), endpoint=True))
+        layer = model.layer(site.name) if site.kind == "activation" else None
+        if layer is not None and layer.limit_log2 is not None:
+            m = min(m, layer.limit_log2)
+        formats[site.name] = Fixed.from_threshold(signed=site.signed, bits=width, threshold_log2=m)
+    model.set_scheme(scheme_of(model, formats, {}))
+    return model

@@ -1,0 +1,81 @@
+"""Random PyTorch models from end to end: evaluation, reference, QKeras, C simulation and traced RTL agree.
+
+The tests compare a few; `python -m tests.random_networks 300` compares as many as one likes, half of them with streams.
+"""
+
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
+from hmq_fpga.deploy.hls import HlsProject
+from hmq_fpga.deploy.parity import ParityError, check
+from hmq_fpga.deploy.qkeras_model import QKerasSimulator
+from hmq_fpga.deploy.rtl import NotUnrolled, RtlProject
+from hmq_fpga.ir import reference
+from hmq_fpga.search.freeze import freeze, run_codes
+from hmq_fpga.study.data import channels_last
+from tests.models import Drawn, quantized_models
+
+DRAWS = 8  # of which the largest is taken
+SAMPLES = 40
+
+
+def drawn(number: int, io_type: str) -> Drawn:
+    """The same model for the same number."""
+    models: list[Drawn] = []
+
+    @seed(number)
+    @settings(
+        max_examples=DRAWS,
+        phases=[Phase.generate],
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(quantized_models(streams=io_type == "io_stream"))
+    def collect(model):
+        models.append(model)
+
+    collect()
+    return max(models, key=lambda drawn: len(drawn.model.nodes))
+
+
+def compare(number: int, io_type: str) -> int:
+    """Compare one model's codes, raising where one differs; the number of its layers."""
+    model = drawn(number, io_type).model
+    net = freeze(model)
+    scale = 2.0 ** (number % 7 - 3)  # up to far beyond the range
+    x = torch.randn(SAMPLES, *model.input_shape, generator=torch.Generator().manual_seed(number)) * scale
+    samples = channels_last(x.numpy())
+    np.testing.assert_array_equal(run_codes(model, x, net.output_format), reference.run(net, samples))
+    with tempfile.TemporaryDirectory() as folder:
+        simulators = [QKerasSimulator(net), HlsProject.create(net, Path(folder) / "hls", io_type=io_type)]
+        try:
+            simulators.append(RtlProject.create(net, Path(folder) / "rtl").interpreter())
+        except NotUnrolled as refused:
+            assert "same for every input" in str(refused)
+        check(net, simulators, samples).raise_for_mismatch()
+    return len(net.ops)
+
+
+def main() -> int:
+    """Compare as many models as the command line says."""
+    count, failed, ops = int(sys.argv[1]), 0, 0
+    warnings.simplefilter("ignore")
+    for number in range(count):
+        try:
+            ops += compare(number, ("io_parallel", "io_stream")[number % 2])
+        except (AssertionError, ParityError, RuntimeError, ValueError) as error:  # noqa: PERF203
+            failed += 1
+            print(f"network {number}: {type(error).__name__}: {error}", flush=True)  # noqa: T201
+    print(f"{count} networks of {ops} ops in all, {SAMPLES} samples each: {failed} failed")  # noqa: T201
+    return failed > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
