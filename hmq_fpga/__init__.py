@@ -17,6 +17,7 @@ _HOME = {
     "Budget": "hmq_fpga.search.train:Budget",
     "fit": "hmq_fpga.search.train:fit",
     "instrument": "hmq_fpga.search.instrument:instrument",
+    "describe": "hmq_fpga.search.describe:describe",
     "Target": "hmq_fpga.search.target:Target",
     "find_scheme": "hmq_fpga.search.methods:find_scheme",
     "finetune": "hmq_fpga.search.train:finetune",

@@ -42,6 +42,7 @@ io_type = click.option("--io-type", type=click.Choice(["io_parallel", "io_stream
 @click.option("--zeros", type=float, help="Share of zero weights to aim for, for less logic [off].")
 @click.option("--seed", type=int, help="Seed of everything random [0].")
 @click.option("--data", type=click.Path(path_type=Path), help="An .npz file, or a folder of such files.")
+@click.option("--weights", type=click.Path(path_type=Path), help="State dict of a trained model; no float training.")
 @backend
 @io_type
 @click.option("--part", help="FPGA part of the project.")

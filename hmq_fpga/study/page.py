@@ -49,6 +49,7 @@ def _page(folder: Path) -> str:
             versions=record.get("versions", {}),
             tensors=scheme.tensors,
             found_by=scheme.found_by,
+            description=_json(folder / "layers.json"),
             parity=_json(folder / "parity.json"),
             resources=_json(folder / "resources.json") or [],
             figures=figures,

@@ -27,6 +27,7 @@ from hmq_fpga.ir import cost, reference
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.network import QNet
 from hmq_fpga.ir.scheme import Scheme
+from hmq_fpga.search.describe import description
 from hmq_fpga.search.freeze import freeze, run_codes
 from hmq_fpga.search.instrument import instrument
 from hmq_fpga.search.methods import find_scheme, make_options
@@ -38,6 +39,8 @@ from hmq_fpga.study.data import Dataset, channels_last
 from hmq_fpga.study.hardware import ESTIMATES, assemble
 from hmq_fpga.study.stages import RunFolder, Stage, check_ours, read_record, write_json
 from hmq_fpga.study.tasks import Task, resolve, training_task
+
+LAYERS = "layers.json"  # what the model is made of
 
 
 class RunConfig(BaseModel):
@@ -52,6 +55,8 @@ class RunConfig(BaseModel):
         zeros: share of zero weights to aim for, by larger thresholds and an L1 penalty while fine-tuning.
         seed: of initial weights, batches and noise.
         data: file or folder in place of the task's own source.
+        weights: file with the state dict of a model that is trained already: no float training unless `float_steps`
+            says so.
         float_steps, search_steps, finetune_steps: optimizer steps in place of the task's; `float_steps: 0` takes the
             model as the function returns it.
         backend, io_type, part, clock_ns, reuse_factor, strategy: of the hls4ml project.
@@ -74,6 +79,7 @@ class RunConfig(BaseModel):
     zeros: float | None = Field(None, gt=0, lt=1)
     seed: int = Field(0, ge=0)
     data: Path | None = None
+    weights: Path | None = None
     float_steps: int | None = Field(None, ge=0)
     search_steps: int | None = Field(None, ge=1)
     finetune_steps: int | None = Field(None, ge=1)
@@ -167,12 +173,16 @@ class _Run:
             for key in ("float_steps", "search_steps", "finetune_steps")
             if (value := getattr(config, key)) is not None
         }
+        if config.weights is not None:
+            steps = {"float_steps": 0, **steps}
         self.budget = replace(task.budget, **steps)
         self.io_type = config.io_type or task.io_type
         self.batch_size, self.source = task.batch_size, task.source
         self.training = training_task(dataset, task.batch_size)
         torch.manual_seed(config.seed)
         self.model = task.build()
+        if config.weights is not None:
+            load_weights(self.model, config.weights)
         output = self.instrumented().nodes[-1].shape  # unsupported layers and unreachable targets are found here
         check_output(config.task, output, dataset)
 
@@ -242,7 +252,7 @@ class _Run:
                 makes=("finetune.pt", "finetune.json"),
                 work=self.finetune,
             ),
-            Stage(name="freeze", settings={}, needs=("search", "finetune"), makes=("qnet",), work=self.freeze),
+            Stage(name="freeze", settings={}, needs=("search", "finetune"), makes=("qnet", LAYERS), work=self.freeze),
             Stage(
                 name="convert",
                 settings=hardware,
@@ -339,6 +349,7 @@ class _Run:
             run_codes(model, x, net.output_format), reference.run(net, channels_last(x.numpy()))
         )
         net.save(new / "qnet")
+        write_json(new / LAYERS, description(model))
         layers = cost.layer_costs(net)
         return {
             "qnet_digest": net.digest,
@@ -436,6 +447,23 @@ def compare_again(folder: Path, data: Path | None = None) -> Parity:
     dataset = resolve(config.task).load(data or config.data)
     verilog = config.estimate == "rtl"
     return compare(folder, channels_last(dataset.x_test), dataset.classes_test, verilog=verilog)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Give a model the state dict in a file, which is never unpickled as anything but tensors.
+
+    Raises:
+        InvalidInput: when it cannot be read, or is another model's.
+    """
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        model.load_state_dict(state)
+    except Exception as error:  # from a damaged or foreign file anything may come
+        reason = str(error).split(". ")[0].splitlines()
+        raise InvalidInput(
+            f"{path}: not a state dict of this model ({' '.join(reason[:2]).strip()}); "
+            "give a file that torch.save(model.state_dict(), file) wrote"
+        ) from error
 
 
 def check_output(task: str, output: tuple[int, ...], dataset: Dataset) -> None:

@@ -22,7 +22,7 @@ def own_model(tmp_path_factory):
         "from torch import nn\n"
         "def small():\n"
         "    return nn.Sequential(nn.Linear(64, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 10))\n"
-        "def tanh():\n"
+        "def gelu():\n"
         "    return nn.Sequential(nn.Linear(64, 12), nn.GELU(), nn.Linear(12, 10))\n"
         "def nan():\n"
         "    model = small()\n"
@@ -30,5 +30,8 @@ def own_model(tmp_path_factory):
         "    return model\n"
         "def narrow():\n"
         "    return nn.Linear(64, 4)\n"
+        "def mirror():\n"
+        "    conv = [nn.Conv2d(1, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Upsample(scale_factor=2)]\n"
+        "    return nn.Sequential(*conv, nn.Conv2d(4, 1, 3, padding=1), nn.Sigmoid())\n"
     )
     return path

@@ -1,9 +1,12 @@
 import json
+import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from hmq_fpga import cli
 
@@ -35,6 +38,9 @@ def bad_calls(tmp_path, data, own):
     (tmp_path / "thesis" / "thesis.tex").write_text("precious")
     nan = spoiled(tmp_path / "nan.npz", data, x_train=x)
     short = spoiled(tmp_path / "short.npz", data, y_test=np.arange(3))
+    real = spoiled(tmp_path / "real.npz", data, y_train=x[:, :3] * 0, y_test=x[:200, :3] * 0)
+    torch.save({"0.weight": torch.zeros(3)}, tmp_path / "other.pt")
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Path.cwd()))
     return {
         "unknown task": (["digit_mlp"], "unknown task 'digit_mlp'"),
         "missing data": (["digits_mlp", "--data", tmp_path / "none.npz"], "none.npz: no such file"),
@@ -43,7 +49,11 @@ def bad_calls(tmp_path, data, own):
         "nan in data": (["digits_mlp", "--data", nan], "x_train: 1 values are NaN"),
         "nan in weights": ([f"{own}:nan", "--data", data], "0.weight holds NaN"),
         "no data for own model": ([f"{own}:small"], "--data"),
-        "unsupported module": ([f"{own}:tanh", "--data", data], "'1' (GELU): is not supported"),
+        "unsupported module": ([f"{own}:gelu", "--data", data], "'1' (GELU): is not supported"),
+        "other targets": ([f"{own}:narrow", "--data", real], "output is (4,), but the targets are (3,)"),
+        "another model's weights": (["digits_mlp", "--weights", tmp_path / "other.pt"], "not a state dict of this"),
+        "a pickle for weights": (["digits_mlp", "--weights", tmp_path / "evil.pt"], "not a state dict of this"),
+        "no weights": (["digits_mlp", "--weights", tmp_path / "none.pt"], "none.pt"),
         "too few outputs": ([f"{own}:narrow", "--data", data], "but the data have 10 classes"),
         "unreachable R_w": (["digits_mlp", "--rw", "40"], "choose from 4 to 16"),
         "unreachable R_a": (["digits_mlp", "--ra", "100"], "leaves tensor 'input'"),

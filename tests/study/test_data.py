@@ -1,3 +1,4 @@
+import io
 import os
 from pathlib import Path
 from urllib.error import URLError
@@ -5,6 +6,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
+from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.utils import Bunch
 
@@ -257,18 +259,66 @@ def test_no_network_is_one_line_with_the_remedy(monkeypatch, error):
     assert "\n" not in str(caught.value)
 
 
+def test_jpeg_streams_are_images_channels_first(tmp_path):
+    rng = np.random.default_rng(0)
+    smooth = np.repeat(np.repeat(rng.integers(0, 256, (60, 4, 4, 3), np.uint8), 8, 1), 8, 2)
+    streams = []
+    for image in smooth:
+        stream = io.BytesIO()
+        Image.fromarray(image).save(stream, "jpeg", quality=95)
+        streams.append(stream.getvalue())
+    offsets = np.cumsum([0, *map(len, streams)])
+    file = {"jpg": np.frombuffer(b"".join(streams), np.uint8), "off": offsets, "y": CLASSES}
+    np.savez(tmp_path / "cifar10_jpeg.npz", **{f"{key}_{s}": v for key, v in file.items() for s in ("train", "test")})
+    dataset = data.load("cifar10_jpeg", tmp_path)
+    assert dataset.x_test.shape == (60, 3, 32, 32)
+    assert np.abs(dataset.x_test - np.moveaxis(smooth, -1, 1) / 256).mean() < 0.1
+
+
+def test_a_set_without_a_source_needs_a_file():
+    with pytest.raises(InvalidInput, match=r"'fsdd_mfcc': has no source.*fsdd_mfcc\.npz.*--data or HMQ_FPGA_DATA"):
+        data.load("fsdd_mfcc")
+
+
+def test_real_targets_and_reconstruction(file):
+    targets = {f"y_{split}": arrays()[f"x_{split}"][:, :2] for split in ("train", "test")}
+    dataset = data.load_npz(file(**targets))
+    assert dataset.regression
+    assert dataset.classes_test is None
+    assert dataset.y_val.shape == (9, 2)
+    assert_array_equal(dataset.x_train[:, :2], dataset.y_train)
+    mirror = data.reconstruction(data.load_npz(file()))
+    assert_array_equal(mirror.y_test, mirror.x_test)
+    with pytest.raises(InvalidInput, match="y_train and y_test differ"):
+        data.load_npz(file(y_train=targets["y_train"]))
+    with pytest.raises(InvalidInput, match="y_train: 1 values are NaN"):
+        data.load_npz(file(y_train=with_value(np.nan)[:, 1:2], y_test=targets["y_test"][:, :1]))
+
+
 REAL = os.environ.get(data.DATA_VARIABLE)
 
 
 @pytest.mark.skipif(not REAL, reason="HMQ_FPGA_DATA names no folder with real data")
 @pytest.mark.parametrize(
     ("name", "shape", "sizes", "largest"),
-    [("pendigits", (16,), (7694, 3298), 100 / 128), ("mnist", (1, 28, 28), (60_000, 10_000), 255 / 256)],
+    [
+        ("pendigits", (16,), (7694, 3298), 100 / 128),
+        ("letter", (16,), (14_000, 6000), 15 / 16),
+        ("mnist", (1, 28, 28), (60_000, 10_000), 255 / 256),
+        ("fashion_mnist", (1, 28, 28), (60_000, 10_000), 255 / 256),
+        ("cifar10_jpeg", (3, 32, 32), (50_000, 10_000), 255 / 256),
+        ("magic", (10,), (13_314, 5706), None),
+        ("fsdd_mfcc", (1, 49, 10), (2700, 300), None),
+    ],
 )
 def test_real_data(name, shape, sizes, largest):
     dataset = data.load(name, Path(REAL))
     assert isinstance(dataset, Dataset)
     assert dataset.x_test.shape[1:] == shape
     assert (len(dataset.x_train) + len(dataset.x_val), len(dataset.x_test)) == sizes
-    assert (dataset.x_train.min(), dataset.x_train.max()) == (0, np.float32(largest))
-    assert len(np.unique(dataset.y_val)) == 10
+    if largest is None:  # standardized
+        assert abs(dataset.x_train.mean()) < 0.01
+        assert abs(dataset.x_train.std() - 1) < 0.01
+    else:
+        assert (dataset.x_train.min(), dataset.x_train.max()) == (0, np.float32(largest))
+    assert len(np.unique(dataset.y_val)) == {"letter": 26, "magic": 2}.get(name, 10)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ import pytest
 from hmq_fpga.deploy.hls import HlsProject
 from hmq_fpga.ir.network import QNet
 from hmq_fpga.ir.scheme import Scheme
+from hmq_fpga.search.train import ignore
+from hmq_fpga.study.run import make_config, run
 
 STAGES = ("float", "search", "finetune", "freeze", "convert", "rtl", "parity")
 
@@ -182,3 +185,51 @@ def test_archive_goes_out_and_comes_back(undisturbed, tmp_path):
     done = subprocess.run(nothing_back, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "results.tar.gz" in done.stderr
+
+
+def test_a_trained_models_weights_are_the_float_baseline(undisturbed, digits_file, own_model, tmp_path):
+    folder, record = undisturbed
+    config = {"task": f"{own_model}:small", "data": digits_file, "weights": folder / "float.pt", "estimate": "none"}
+    steps = {"search_steps": 150, "finetune_steps": 10}
+    again = run(make_config({**config, **steps, "out": tmp_path / "run"}), Quiet())
+    assert again["metrics"]["float_accuracy"] == record["metrics"]["float_accuracy"]
+    assert again["resolved"]["budget"]["float_steps"] == 0
+
+
+class Quiet:
+    """Shows nothing."""
+
+    @contextmanager
+    def stage(self, name):
+        yield ignore
+
+    def skipped(self, name):
+        pass
+
+
+def test_an_image_autoencoder_is_a_regression(own_model, digits_file, tmp_path):
+    with np.load(digits_file) as archive:
+        images = {split: archive[f"x_{split}"].reshape(-1, 8, 8)[:150] for split in ("train", "test")}
+    arrays = {f"{kind}_{split}": x if kind == "x" else x[:, None] for split, x in images.items() for kind in "xy"}
+    np.savez(tmp_path / "images.npz", **arrays)
+    steps = {"float_steps": 200, "search_steps": 150, "finetune_steps": 50}
+    config = {"task": f"{own_model}:mirror", "data": tmp_path / "images.npz", "out": tmp_path / "run", "rw": 6}
+    record = run(make_config({**config, **steps, "estimate": "model"}), Quiet())
+    metrics = record["metrics"]
+    assert metrics["parity_passed"]
+    assert metrics["qnet_accuracy"] is metrics["float_accuracy"] is None
+    assert 0 < metrics["qnet_mse"] < 1
+    parity = json.loads((tmp_path / "run" / "parity.json").read_text())
+    assert parity["simulators"]["csim"]["values"] == 150 * 64
+    described = json.loads((tmp_path / "run" / "layers.json").read_text())
+    assert described["notes"] == ["4 removed: the hardware gives the values before it"]
+    assert [(row["path"], row["kind"]) for row in described["layers"]] == [
+        ("0", "Conv2d"),
+        ("1", "ReLU"),
+        ("2", "Upsample"),
+        ("3", "Conv2d"),
+    ]
+    assert sum(row["weight_share"] or 0 for row in described["layers"]) == pytest.approx(1)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "squared error" in page
+    assert "4 removed" in page

@@ -1,0 +1,71 @@
+"""What an instrumented model is made of, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hmq_fpga.search.graph import LINEAR_LAYERS, Activation, Node, QModel, weight_site
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRow:
+    """One layer of the user's model; what is not known or does not apply is None.
+
+    Attributes:
+        path: its name in the user's model.
+        kind: its type.
+        name: its name in the network and in the hardware.
+        shape: of its result for one sample, channels first.
+        parameters: weights and biases.
+        weight_bits, weight_threshold_log2: of its weights' format.
+        weight_share: its part of the weight memory, biases not counted.
+        activation_bits, activation_threshold_log2: of its result's format, if the result has one.
+    """
+
+    path: str
+    kind: str
+    name: str
+    shape: tuple[int, ...]
+    parameters: int
+    weight_bits: int | None
+    weight_threshold_log2: int | None
+    weight_share: float | None
+    activation_bits: int | None
+    activation_threshold_log2: int | None
+
+
+def describe(model: QModel) -> list[LayerRow]:
+    """The layers of an instrumented model in execution order, with formats where a scheme is set."""
+    formats = model.formats
+    sizes = {name: weight.numel() for name, weight in model.weights.items()}
+    memory = sum(size * formats[name].width for name, size in sizes.items()) if formats else 0
+
+    def row(node: Node, layer: Any) -> LayerRow:
+        weight = formats.get(weight_site(node.name))
+        result = formats.get(node.name)
+        return LayerRow(
+            path=node.path,
+            kind=_kind(layer),
+            name=node.name,
+            shape=node.shape,
+            parameters=sum(p.numel() for p in layer.parameters()) if isinstance(layer, LINEAR_LAYERS) else 0,
+            weight_bits=weight and weight.width,
+            weight_threshold_log2=weight and weight.threshold_log2,
+            weight_share=sizes[weight_site(node.name)] * weight.width / memory if weight else None,
+            activation_bits=result and result.width,
+            activation_threshold_log2=result and result.threshold_log2,
+        )
+
+    return [row(node, layer) for node, layer in zip(model.nodes, model.layers, strict=True)]
+
+
+def description(model: QModel) -> dict[str, Any]:
+    """`{"layers": …, "notes": …}`: the rows of `describe`, and what was folded, removed or replaced."""
+    return {"layers": [asdict(row) for row in describe(model)], "notes": list(model.notes)}
+
+
+def _kind(layer: Any) -> str:
+    if isinstance(layer, Activation):
+        return "ReLU" if layer.relu else "quantizer"
+    return type(layer).__name__
