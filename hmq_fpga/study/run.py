@@ -400,17 +400,15 @@ class _Run:
         if config.estimate != "none":
             from hmq_fpga.deploy import model_estimate, rtl
 
-            formula = model_estimate.estimate(net)
+            resources.append(model_estimate.estimate(net))
             try:
-                if config.estimate == "model":
-                    resources.append(formula)
-                else:
+                if config.estimate != "model":
                     project = rtl.RtlProject.create(net, new / "rtl", part=config.part, clock_ns=config.clock_ns)
                     resources.append(project.trace_resources())
                     if config.estimate == "rtl":
                         resources.append(project.synthesize())
             except rtl.NotUnrolled as refused:
-                resources.append(replace(formula, notes=f"{formula.notes}; no RTL: {refused}"))
+                resources = [replace(formula, notes=f"{formula.notes}; no RTL: {refused}") for formula in resources]
         write_json(new / ESTIMATES, [r.to_json() for r in resources])
         return {}
 

@@ -162,6 +162,14 @@ TASKS = {
         build=lambda: _mlp(64, 64, 32, 32, 10),
         load=lambda path: data.load("digits", path),
     ),
+    "digits_tiny_cnn": Task(
+        summary="two strided convolutions on scikit-learn's 8x8 digits, small enough to unroll",
+        build=lambda: nn.Sequential(
+            *_conv(1, 4, 3, stride=2), *_conv(4, 8, 3, stride=2), nn.Flatten(), nn.Linear(32, 10)
+        ),
+        load=lambda path: data.as_images(data.load("digits", path), (1, 8, 8)),
+        budget=Budget(float_steps=3000, search_steps=1500, finetune_steps=3000),
+    ),
     "digits_cnn": Task(
         summary="two convolutions with BatchNorm and pooling on scikit-learn's 8x8 digits",
         build=_digits_cnn,

@@ -65,7 +65,8 @@ def test_run_folder_is_what_the_contract_says(undisturbed):
         assert parity["simulators"][simulator]["values"] == 2000
         assert parity["simulators"][simulator]["mismatches"] == 0
         assert parity["simulators"][simulator]["accuracy"] == metrics["qnet_accuracy"]
-    (estimate,) = json.loads((folder / "resources.json").read_text())
+    formula, estimate = json.loads((folder / "resources.json").read_text())
+    assert formula["stage"] == "model"
     assert estimate["stage"] == "trace"
     assert estimate["lut"] > 0
     tensors = Scheme.load(folder / "scheme.json").tensors

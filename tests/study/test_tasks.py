@@ -9,6 +9,7 @@ from hmq_fpga.study.tasks import TASKS, resolve
 SHAPES = {
     "digits_mlp": (64,),
     "digits_cnn": (1, 8, 8),
+    "digits_tiny_cnn": (1, 8, 8),
     "pendigits_mlp": (16,),
     "letter_mlp": (16,),
     "magic_mlp": (10,),
