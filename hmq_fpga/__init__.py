@@ -30,6 +30,9 @@ _HOME = {
     "QKerasSimulator": "hmq_fpga.deploy.qkeras_model:QKerasSimulator",
     "HlsProject": "hmq_fpga.deploy.hls:HlsProject",
     "check": "hmq_fpga.deploy.parity:check",
+    "SweepConfig": "hmq_fpga.study.sweep:SweepConfig",
+    "sweep": "hmq_fpga.study.sweep:sweep",
+    "diff": "hmq_fpga.study.diff:diff",
     "InvalidInput": "hmq_fpga.ir.errors:InvalidInput",
 }
 

@@ -102,6 +102,76 @@ def csim(folder: Path, data: Path | None, as_json: bool) -> int:
     return 0 if parity.passed else 1
 
 
+class _Lists(click.Command):
+    """A command whose repeatable options also take several values at once: `--rw 4 6 8`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Repeat such an option before each of its values."""
+        lists = {name for p in self.params if isinstance(p, click.Option) and p.multiple for name in p.opts}
+        spread: list[str] = []
+        option = None
+        for word in args:
+            if word.startswith("-"):
+                option = word if word in lists else None
+                spread += [] if option else [word]
+            else:
+                spread += [option, word] if option else [word]
+        return super().parse_args(ctx, spread)
+
+
+@app.command(cls=_Lists, epilog="Example: hmq-fpga sweep digits_mlp --rw 4 8 12 15.5 --seeds 0 1 2 --jobs 2")
+@click.argument("what", metavar="TASK|CONFIG.yaml|FILE.py:FUNCTION")
+@click.option("--rw", type=float, multiple=True, help="Targets R_w [4 6 8 10 12 14 15.5].")
+@click.option("--ra", type=float, multiple=True, help="Targets R_a [4].")
+@click.option("--methods", multiple=True, help="Search methods [hmq].")
+@click.option("--seeds", type=int, multiple=True, help="Seeds [0].")
+@click.option("--max-act-bits", type=int, help="Upper bound on the bit-width of activations [8].")
+@click.option("--zeros", type=float, help="Share of zero weights to aim for, for less logic [off].")
+@click.option("--data", type=click.Path(path_type=Path), help="An .npz file, or a folder of such files.")
+@backend
+@io_type
+@click.option(
+    "--estimate", type=click.Choice(["trace", "model", "rtl", "none"]), help="Resources without vendor tools [trace]."
+)
+@click.option("--jobs", type=int, default=1, help="Processes of this machine, which share its cores [1].")
+@click.option("--cluster", "address", metavar="tcp://…", help="Scheduler of a Dask cluster in their place.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the sweep.")
+@as_json
+def sweep(what: str, jobs: int, address: str | None, as_json: bool, **given: Any) -> int:
+    """Compare across R_w: a grid of runs, one table, the Pareto front, figures and a page.
+
+    The float baseline of a seed is trained once. An interrupted sweep goes on where it stopped, and a run that fails
+    does not stop the others.
+    """
+    from hmq_fpga.study.monitor import SweepView, sweep_summary
+    from hmq_fpga.study.sweep import load_sweep, make_sweep
+    from hmq_fpga.study.sweep import sweep as sweep_all
+
+    settings = {key: value for key, value in given.items() if value not in (None, ())}
+    is_file = what.endswith((".yaml", ".yml"))
+    config = load_sweep(Path(what), settings) if is_file else make_sweep({"task": what, **settings})
+    with SweepView() as view:
+        rows = sweep_all(config, jobs=jobs, address=address, monitor=view)
+    _print(rows, as_json, lambda: sweep_summary(config.folder, rows))
+    return 0 if all(row["parity_passed"] for row in rows) else 1
+
+
+@app.command(
+    epilog="Example: hmq-fpga diff hls_projects/digits_mlp/hmq-rw8-seed0 hls_projects/digits_mlp/hmq-rw12-seed0"
+)
+@click.argument("a", metavar="RUN_A", type=click.Path(path_type=Path))
+@click.argument("b", metavar="RUN_B", type=click.Path(path_type=Path))
+@as_json
+def diff(a: Path, b: Path, as_json: bool) -> int:
+    """Say what changed from one run to another: settings, accuracy, formats, resources, layer by layer."""
+    from hmq_fpga.study.diff import diff as compare_runs
+    from hmq_fpga.study.monitor import diff_tables
+
+    found = compare_runs(a, b)
+    _print(found, as_json, lambda: diff_tables(found))
+    return 0
+
+
 part = click.option("--part", help="FPGA part instead of the project's.")
 clock = click.option("--clock", "clock_ns", type=float, help="Clock period in ns instead of the project's.")
 
@@ -171,14 +241,22 @@ def _report(outcome: Outcome, as_json: bool) -> int:
 
 
 @app.command(epilog="Example: hmq-fpga report hls_projects/digits_mlp/hmq-rw8-seed0")
-@folder
+@click.argument("folder", metavar="RUN|SWEEP", type=click.Path(path_type=Path))
 def report(folder: Path) -> int:
-    """Rebuild the report page of a run from its stored JSON."""
-    from hmq_fpga.study.page import write_page
-    from hmq_fpga.study.stages import read_record
+    """Rebuild the report page of a run, or table, figures and page of a sweep, from the stored JSON."""
+    from hmq_fpga.study import table
 
-    read_record(folder)
-    write_page(folder)
+    if table.is_sweep(folder):
+        from hmq_fpga.study.sweep_page import write_sweep_page
+
+        table.write_table(folder)
+        write_sweep_page(folder)
+    else:
+        from hmq_fpga.study.page import write_page
+        from hmq_fpga.study.stages import read_record
+
+        read_record(folder)
+        write_page(folder)
     _print(None, False, lambda: f"wrote {folder / 'report.html'}")
     return 0
 

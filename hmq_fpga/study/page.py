@@ -24,8 +24,13 @@ def write_page(folder: Path) -> Path:
     Raises:
         InvalidInput: when `folder` is not a run's, or one of its files is damaged.
     """
+    return put(folder, _page(folder))
+
+
+def put(folder: Path, text: str) -> Path:
+    """Write a folder's page in one step."""
     new = folder / f".{PAGE}.new"
-    new.write_text(_page(folder), encoding="utf-8")
+    new.write_text(text, encoding="utf-8")
     return new.replace(folder / PAGE)
 
 
@@ -35,46 +40,47 @@ def _page(folder: Path) -> str:
     scheme = Scheme.load(folder / "scheme.json") if (folder / "scheme.json").exists() else Scheme(())
     figures = {
         "formats": formats_figure(scheme.tensors) if scheme else "",
-        "search": search_figure(_json(folder / "search.json") or {}),
-        "finetune": finetune_figure(_json(folder / "finetune.json") or {}),
+        "search": search_figure(stored(folder / "search.json") or {}),
+        "finetune": finetune_figure(stored(folder / "finetune.json") or {}),
     }
     return (
-        _environment()
+        environment()
         .get_template(f"{PAGE}.jinja")
         .render(
             config=config,
-            settings=yaml.safe_dump(_given(config), sort_keys=False, default_flow_style=None, allow_unicode=True),
+            settings=yaml.safe_dump(given(config), sort_keys=False, default_flow_style=None, allow_unicode=True),
             metrics=record.get("metrics", {}),
             stages=record.get("stages", {}),
             versions=record.get("versions", {}),
             tensors=scheme.tensors,
             found_by=scheme.found_by,
-            description=_json(folder / "layers.json"),
-            parity=_json(folder / "parity.json"),
-            resources=_json(folder / "resources.json") or [],
+            description=stored(folder / "layers.json"),
+            parity=stored(folder / "parity.json"),
+            resources=stored(folder / "resources.json") or [],
             figures=figures,
         )
     )
 
 
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """Templates of pages, which escape what they are given."""
+    made = Environment(
         loader=PackageLoader("hmq_fpga.study", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "number": _number}
-    return environment
+    made.filters |= {"percent": _percent, "number": _number}
+    return made
 
 
-def _given(config: Mapping[str, Any]) -> dict[str, Any]:
+def given(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that say something, as a `CONFIG.yaml` takes them."""
     return {key: value for key, value in config.items() if value not in (None, {}, [])}
 
 
-def _json(path: Path) -> Any:
+def stored(path: Path) -> Any:
     """Content of a JSON file; None where there is no such file."""
     try:
         return json.loads(path.read_text())

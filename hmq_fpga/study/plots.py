@@ -20,25 +20,25 @@ History = Mapping[str, Sequence[float]]
 WIDTH = 5.4  # inches: 9-point text stays readable on a phone
 LONGEST = 28  # characters of a name
 COLOURS: Mapping[Kind, str] = {"weight": "#3b76c4", "activation": "#d9822b", "input": "#5b9a68"}
-_INK = "#010203"  # stands for the text colour of the page
-_STYLE = {
+INK = "#010203"  # stands for the text colour of the page
+STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,
     "text.parse_math": False,  # names may hold dollar signs
-    "text.color": _INK,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
     "axes.facecolor": "none",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.6,
     "axes.axisbelow": True,
     "axes.grid": True,
-    "grid.color": _INK,
+    "grid.color": INK,
     "grid.alpha": 0.12,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "figure.facecolor": "none",
     "legend.frameon": False,
     "lines.linewidth": 1.3,
@@ -47,7 +47,7 @@ _STYLE = {
 
 def formats_figure(tensors: Sequence[Tensor]) -> str:
     """Bit-width of each tensor, and the bit positions it covers, from its step up to its threshold."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 0.9 + 0.27 * len(tensors)), layout="constrained")
         bits, spans = figure.subplots(1, 2, sharey=True, width_ratios=(2, 3))
         rows = range(len(tensors))
@@ -55,9 +55,7 @@ def formats_figure(tensors: Sequence[Tensor]) -> str:
         widths = [t.format.width for t in tensors]
         bars = bits.barh(rows, widths, color=colours, height=0.62)
         bits.bar_label(bars, padding=2)
-        bits.set(
-            xlabel="bits", xlim=(0, max(widths) * 1.15), yticks=rows, yticklabels=[_short(t.name) for t in tensors]
-        )
+        bits.set(xlabel="bits", xlim=(0, max(widths) * 1.15), yticks=rows, yticklabels=[short(t.name) for t in tensors])
         bits.invert_yaxis()
         steps = [-t.format.frac for t in tensors]
         lengths = [t.format.threshold_log2 + t.format.frac for t in tensors]
@@ -72,10 +70,10 @@ def formats_figure(tensors: Sequence[Tensor]) -> str:
         kinds = [kind for kind in COLOURS if kind in {t.kind for t in tensors}]
         handles = [Patch(color=COLOURS[kind], label=kind) for kind in kinds]
         figure.legend(handles=handles, loc="outside upper right", ncols=len(kinds))
-        return _svg(figure, "formats")
+        return inline_svg(figure, "formats")
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
     """The end of a long path, which tells more than its start."""
     return name if len(name) <= LONGEST else f"…{name[1 - LONGEST :]}"
 
@@ -99,7 +97,7 @@ def _curves(history: History, name: str, panels: Sequence[tuple[str, Mapping[str
     ]
     if "step" not in history or not there:
         return ""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         heights = [1.9, 1.1][: len(there)]
         figure = Figure(figsize=(WIDTH, 0.4 + sum(heights)), layout="constrained")
         grid = figure.subplots(len(there), 1, sharex=True, squeeze=False, height_ratios=heights)
@@ -107,11 +105,11 @@ def _curves(history: History, name: str, panels: Sequence[tuple[str, Mapping[str
             _panel(axes, history, lines)
             axes.set_ylabel(title)
         grid[-1, 0].set_xlabel("optimizer step")
-        return _svg(figure, name)
+        return inline_svg(figure, name)
 
 
 def _panel(axes: Axes, history: History, lines: Mapping[str, str]) -> None:
-    styles = {"rate_target": {"color": _INK, "linestyle": "--", "linewidth": 0.9}}
+    styles = {"rate_target": {"color": INK, "linestyle": "--", "linewidth": 0.9}}
     colours = iter(COLOURS.values())
     for key, label in lines.items():
         style = styles.get(key) or {"color": next(colours)}
@@ -120,14 +118,14 @@ def _panel(axes: Axes, history: History, lines: Mapping[str, str]) -> None:
         axes.legend(loc="best")
 
 
-def _svg(figure: Figure, name: str) -> str:
+def inline_svg(figure: Figure, name: str) -> str:
     """The figure as an inline `<svg>`, whose ids start with `name` and whose ink is the page's."""
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # of names in other scripts: the reader's fonts have them
         FigureCanvasSVG(figure).print_svg(buffer, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     for reference in (' id="', 'href="#', "url(#"):
         svg = svg.replace(reference, f"{reference}{name}-")
     return svg

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -39,6 +40,7 @@ from hmq_fpga.study.data import Dataset, channels_last
 from hmq_fpga.study.hardware import ESTIMATES, assemble
 from hmq_fpga.study.stages import RunFolder, Stage, check_ours, read_record, write_json
 from hmq_fpga.study.tasks import Task, resolve, training_task
+from hmq_fpga.study.workers import cores
 
 LAYERS = "layers.json"  # what the model is made of
 
@@ -139,10 +141,16 @@ class Monitor(Protocol):
         """Learn that a stage was done before."""
 
 
-def run(config: RunConfig, monitor: Monitor) -> dict[str, Any]:
+def run(config: RunConfig, monitor: Monitor, *, shared: Path | None = None, patience_s: float = 0) -> dict[str, Any]:
     """Everything that the configuration asks for; returns the run's record, as in `run.json`.
 
     Parity that is broken does not raise: it stands in `parity.json` and in the record's metrics.
+
+    Args:
+        config: what to run.
+        monitor: hears of the stages.
+        shared: folder of another run, whose float baseline is taken if it has the same inputs.
+        patience_s: how long to wait for another process that works in the run's folder.
 
     Raises:
         InvalidInput: for anything that the user can mend, found before the folder is touched where that is possible.
@@ -157,16 +165,22 @@ def run(config: RunConfig, monitor: Monitor) -> dict[str, Any]:
     make_options(config.method, config.options)
     check_ours(config.folder)
     GXX.require()
-    dataset = task.load(config.data)
-    torch.set_num_threads(task.threads)
-    return _Run(config, task, target, dataset, monitor).everything()
+    return _Run(config, task, target, monitor).everything(shared, patience_s)
+
+
+def train_baseline(config: RunConfig, monitor: Monitor, *, patience_s: float = 0) -> None:
+    """Only the float baseline of a configuration, in a run's folder that others can share; see `run`."""
+    check_ours(config.folder)
+    _Run(config, resolve(config.task), Target(), monitor).baseline(patience_s)
 
 
 class _Run:
     """The stages of one run."""
 
-    def __init__(self, config: RunConfig, task: Task, target: Target, dataset: Dataset, monitor: Monitor) -> None:
-        self.config, self.target, self.dataset, self.monitor = config, target, dataset, monitor
+    def __init__(self, config: RunConfig, task: Task, target: Target, monitor: Monitor) -> None:
+        self.config, self.target, self.monitor = config, target, monitor
+        self.dataset = dataset = task.load(config.data)
+        torch.set_num_threads(min(task.threads, _allowed_threads()))
         self.folder = config.folder
         steps = {
             key: value
@@ -183,8 +197,10 @@ class _Run:
         self.model = task.build()
         if config.weights is not None:
             load_weights(self.model, config.weights)
-        output = self.instrumented().nodes[-1].shape  # unsupported layers and unreachable targets are found here
-        check_output(config.task, output, dataset)
+
+    def check(self) -> None:
+        """Find unsupported layers, unreachable targets and data of another shape before anything is trained."""
+        check_output(self.config.task, self.instrumented().nodes[-1].shape, self.dataset)
 
     def instrumented(self) -> Any:
         """The current float model with its sites, checked against the target."""
@@ -192,9 +208,23 @@ class _Run:
         self.target.check(model)
         return model
 
-    def everything(self) -> dict[str, Any]:
+    def everything(self, shared: Path | None, patience_s: float) -> dict[str, Any]:
+        self.check()
+        with self.opened(patience_s) as folder:
+            for stage in self.stages():
+                self.do(folder, stage, shared)
+            assemble(self.folder)
+            page.write_page(self.folder)
+            return folder.record
+
+    def baseline(self, patience_s: float) -> None:
+        with self.opened(patience_s) as folder:
+            self.do(folder, self.stages()[0])
+
+    @contextmanager
+    def opened(self, patience_s: float) -> Iterator[RunFolder]:
         folder = RunFolder(self.folder)
-        with folder.opened():
+        with folder.opened(patience_s=patience_s):
             folder.record |= {
                 "config": self.config.model_dump(mode="json", exclude={"out"}),
                 "resolved": {"budget": asdict(self.budget), "io_type": self.io_type, "batch_size": self.batch_size},
@@ -202,15 +232,14 @@ class _Run:
                 "seed": self.config.seed,
             }
             folder.save()
-            for stage in self.stages():
-                with self.monitor.stage(stage.name) as self.listener:
-                    if not folder.run(stage):
-                        self.monitor.skipped(stage.name)
-                folder.record["metrics"] = _metrics(folder.record)
-                folder.save()
-            assemble(self.folder)
-            page.write_page(self.folder)
-            return folder.record
+            yield folder
+
+    def do(self, folder: RunFolder, stage: Stage, shared: Path | None = None) -> None:
+        with self.monitor.stage(stage.name) as self.listener:
+            if not folder.run(stage, shared):
+                self.monitor.skipped(stage.name)
+        folder.record["metrics"] = _metrics(folder.record)
+        folder.save()
 
     def stages(self) -> list[Stage]:
         config = self.config
@@ -491,6 +520,12 @@ def _metrics(record: Mapping[str, Any]) -> dict[str, Any]:
     for stage in stages.values():
         merged |= stage["metrics"]
     return merged | {"seconds": {name: stage["seconds"] for name, stage in stages.items()}}
+
+
+def _allowed_threads() -> int:
+    """What `OMP_NUM_THREADS` allows, or all cores."""
+    given = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+    return int(given) if given.isdecimal() else cores()
 
 
 def _load(module: nn.Module, path: Path) -> None:

@@ -57,8 +57,8 @@ class RunFolder:
         self.record: dict[str, Any] = {}
 
     @contextmanager
-    def opened(self) -> Iterator[RunFolder]:
-        """Take the folder for this process alone.
+    def opened(self, *, patience_s: float = 0) -> Iterator[RunFolder]:
+        """Take the folder for this process alone, waiting `patience_s` seconds for another one to leave it.
 
         Raises:
             InvalidInput: when it holds something else than a run, or another process works in it.
@@ -66,7 +66,7 @@ class RunFolder:
         check_ours(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         try:
-            with FileLock(self.path / ".lock", timeout=0):
+            with FileLock(self.path / ".lock", timeout=patience_s):
                 for left in self.path.glob(".new-*"):
                     shutil.rmtree(left)
                 if (self.path / RECORD).exists():
@@ -81,8 +81,11 @@ class RunFolder:
         """Write the record in one step."""
         write_json(self.path / RECORD, {"format": FORMAT, **self.record})
 
-    def run(self, stage: Stage) -> bool:
-        """Do a stage unless it is done; returns whether it had to be."""
+    def run(self, stage: Stage, shared: Path | None = None) -> bool:
+        """Do a stage unless it is done; returns whether it had to be.
+
+        What another run's folder, `shared`, holds of the same stage with the same inputs is copied, not made again.
+        """
         stages = self.record.setdefault("stages", {})
         digest = self._input_digest(stage)
         before = stages.get(stage.name, {"state": "new"})
@@ -95,7 +98,9 @@ class RunFolder:
         new.mkdir()
         started = time.perf_counter()
         try:
-            metrics = stage.work(new)
+            metrics = _copied(stage, digest, shared, new) if shared else None
+            if metrics is None:
+                metrics = stage.work(new)
         except BaseException as error:
             shutil.rmtree(new, ignore_errors=True)
             stages[stage.name] |= {"state": "failed", "error": str(error) or type(error).__name__}
@@ -123,6 +128,21 @@ class RunFolder:
         if not all((self.path / name).exists() for name in (*stage.makes, *names)):
             return None
         return {name: digest_of(self.path / name) for name in names}
+
+
+def _copied(stage: Stage, inputs: str, shared: Path, new: Path) -> Mapping[str, Any] | None:
+    """Copy the files that `shared` holds of a stage into `new`; its metrics, or None where they do not fit."""
+    try:
+        made = read_record(shared)["stages"][stage.name]
+        if (made["state"], made["inputs"]) != ("done", inputs):
+            return None
+        for name in stage.makes:
+            shutil.copyfile(shared / name, new / name)
+    except (InvalidInput, KeyError, OSError):
+        return None
+    copies = {name: digest_of(new / name) for name in stage.makes}
+    metrics: Mapping[str, Any] = made["metrics"]
+    return metrics if copies == made["outputs"] else None
 
 
 def check_ours(path: Path) -> None:

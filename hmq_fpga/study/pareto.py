@@ -1,0 +1,117 @@
+"""What lies on the frontier: axes of the comparison, seeds taken together, and the choices that nothing beats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from statistics import fmean
+from typing import Any, Literal
+
+Row = Mapping[str, Any]
+
+STAGES = ("impl", "vsynth", "csynth", "yosys", "trace", "model")  # of resources, the most telling first
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """A figure of a run.
+
+    Attributes:
+        key: column of the table.
+        label: what stands at the axis.
+        better: which direction is.
+        scale: of the value as it is shown.
+    """
+
+    key: str
+    label: str
+    better: Literal["more", "less"]
+    scale: float = 1.0
+
+
+ACCURACY = Axis(key="qnet_accuracy", label="test accuracy, %", better="more", scale=100.0)
+RATE = Axis(key="rw_actual", label="actual R_w", better="more")
+BOPS = Axis(key="bops", label="bits · MACs", better="less")
+_OTHERS = (
+    Axis(key="ra_actual", label="actual R_a", better="more"),
+    Axis(key="ebops", label="EBOPs", better="less"),
+    Axis(key="weight_bits", label="bits of weights", better="less"),
+    Axis(key="zero_weights", label="zero weights, %", better="more", scale=100.0),
+)
+_RESOURCES = {"lut": "LUT", "ff": "FF", "dsp": "DSP", "bram": "BRAM", "latency_cycles": "latency, cycles"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """The runs that differ in their seed only.
+
+    Attributes:
+        method, rw, ra: what they have in common; the targets.
+        rows: their rows of the table.
+    """
+
+    method: str
+    rw: float
+    ra: float
+    rows: tuple[Row, ...]
+
+    def values(self, axis: Axis) -> list[float] | None:
+        """A figure of each run as it is shown; None where one is unknown."""
+        known = [axis.scale * row[axis.key] for row in self.rows if row.get(axis.key) is not None]
+        return known if len(known) == len(self.rows) else None
+
+    def spread(self, axis: Axis) -> tuple[float, float, float] | None:
+        """Mean, least and largest value of a figure; None where one is unknown."""
+        values = self.values(axis)
+        return (fmean(values), min(values), max(values)) if values else None
+
+
+def groups(rows: Iterable[Row]) -> list[Group]:
+    """Finished runs by method and targets, in the order of the table."""
+    found: dict[tuple[str, float, float], list[Row]] = {}
+    for row in rows:
+        if row["state"] == "done":
+            found.setdefault((row["method"], row["rw_target"], row["ra_target"]), []).append(row)
+    return [Group(method=m, rw=rw, ra=ra, rows=tuple(members)) for (m, rw, ra), members in found.items()]
+
+
+def lut_axis(rows: Sequence[Row]) -> Axis | None:
+    """LUTs by the stage that knows most of the runs; figures of different stages do not compare."""
+    known = {stage: sum(row.get(f"{stage}_lut") is not None for row in rows) for stage in STAGES}
+    stage = max(STAGES, key=lambda stage: known[stage])  # the first of equals
+    return Axis(key=f"{stage}_lut", label=f"LUT ({stage})", better="less") if known[stage] else None
+
+
+def axes(rows: Sequence[Row]) -> list[Axis]:
+    """All figures that some run has, the usual ones first."""
+    main = [RATE, lut_axis(rows), BOPS, ACCURACY]
+    resources = [
+        Axis(key=f"{stage}_{key}", label=f"{label} ({stage})", better="less")
+        for stage in STAGES
+        for key, label in _RESOURCES.items()
+    ]
+    ordered = dict.fromkeys([axis for axis in main if axis] + [*_OTHERS, *resources])
+    return [axis for axis in ordered if any(row.get(axis.key) is not None for row in rows)]
+
+
+def front(points: Sequence[tuple[float, float] | None], x: Axis, y: Axis) -> list[int]:
+    """Indices of the points that no other point beats, by rising x; None is no point.
+
+    A point is beaten by one that is at least as good on both axes and better on one.
+    """
+    signs = [1 if axis.better == "more" else -1 for axis in (x, y)]
+    known = [(i, signs[0] * p[0], signs[1] * p[1]) for i, p in enumerate(points) if p is not None]
+    best = [i for i, a, b in known if not any((c >= a and d >= b) and (c, d) != (a, b) for _, c, d in known)]
+    return sorted(best, key=lambda i: points[i] or ())
+
+
+def mean_front(found: Sequence[Group], x: Axis, y: Axis) -> list[int]:
+    """The front of the groups' means: a lucky seed alone does not reach it."""
+    means = [(a[0], b[0]) if (a := g.spread(x)) and (b := g.spread(y)) else None for g in found]
+    return front(means, x, y)
+
+
+def all_fronts(found: Sequence[Group], choices: Sequence[Axis]) -> dict[str, list[int]]:
+    """The front for every choice of two axes, by `x|y`."""
+    return {f"{x.key}|{y.key}": mean_front(found, x, y) for x, y in permutations(choices, 2)}

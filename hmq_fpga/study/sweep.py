@@ -1,0 +1,289 @@
+"""A grid of runs: one float baseline per seed, shared; each run in an ordinary folder; one table."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from hmq_fpga.deploy.toolchain import GXX
+from hmq_fpga.ir.errors import InvalidInput
+from hmq_fpga.search.methods import make_options
+from hmq_fpga.study import table
+from hmq_fpga.study.monitor import Bars
+from hmq_fpga.study.run import RunConfig, make_config, run, train_baseline
+from hmq_fpga.study.sweep_page import write_sweep_page
+from hmq_fpga.study.tasks import resolve
+from hmq_fpga.study.workers import Given, Processes, Workers, cluster, cores, exclusive
+
+POLL_S = 0.5  # between two looks at the runs
+PATIENCE_S = 60.0  # for a process of an earlier sweep to leave a run's folder
+ATTEMPTS = 2  # at a run whose process died
+
+
+class SweepConfig(BaseModel):
+    """What to compare.
+
+    Attributes:
+        task: a name that `hmq-fpga tasks` lists, or `FILE.py:FUNCTION`.
+        rw, ra: targets R_w and R_a.
+        methods: search methods.
+        seeds: of everything random.
+        out: folder of the sweep.
+        settings: of every run, as in `RunConfig`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    task: str
+    rw: tuple[float, ...] = Field((4.0, 6.0, 8.0, 10.0, 12.0, 14.0, 15.5), min_length=1)
+    ra: tuple[float, ...] = Field((4.0,), min_length=1)
+    methods: tuple[str, ...] = Field(("hmq",), min_length=1)
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    out: Path | None = None
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("rw", "ra", "methods", "seeds", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        """Without repetitions; one value stands for a list of it."""
+        return tuple(dict.fromkeys(value)) if isinstance(value, (list, tuple)) else (value,)
+
+    @property
+    def folder(self) -> Path:
+        """The sweep's folder."""
+        return self.out or RunConfig(task=self.task).folder.parent / "sweep"
+
+    def runs(self) -> dict[str, RunConfig]:
+        """The configuration of each run, by the name of its folder in the sweep's, in the order of the table.
+
+        Raises:
+            InvalidInput: naming the setting that is wrong.
+        """
+        base = self.folder.resolve()
+        names = {
+            f"{method}-rw{rw:g}-ra{ra:g}-seed{seed}": {"method": method, "rw": rw, "ra": ra, "seed": seed}
+            for method, rw, ra, seed in product(self.methods, self.rw, self.ra, self.seeds)
+        }
+        return {
+            name: make_config({"task": _task(self.task), **self.settings, **point, "out": base / name})
+            for name, point in names.items()
+        }
+
+
+def make_sweep(settings: Mapping[str, Any]) -> SweepConfig:
+    """A checked configuration, of the sweep's own settings and of those of its runs.
+
+    Raises:
+        InvalidInput: naming the setting that is wrong.
+    """
+    plural = {"method": "methods", "seed": "seeds"}
+    settings = {plural.get(key, key): value for key, value in settings.items()}
+    own = {key: settings[key] for key in SweepConfig.model_fields if key in settings}
+    rest = {key: value for key, value in settings.items() if key not in own}
+    if data := rest.get("data"):
+        rest["data"] = Path(data).resolve()
+    try:
+        config = SweepConfig(**own, settings=rest)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InvalidInput(f"setting {first['loc'][0]!r}: {first['msg']} (got {first['input']!r})") from error
+    config.runs()
+    return config
+
+
+def load_sweep(path: Path, overrides: Mapping[str, Any]) -> SweepConfig:
+    """A `CONFIG.yaml` of a run, whose `rw`, `ra`, `methods` and `seeds` may be lists, with settings on top.
+
+    Raises:
+        InvalidInput: when it cannot be read, or naming the setting that is wrong.
+    """
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise InvalidInput(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise InvalidInput(f"{path}: must hold settings such as 'task: digits_mlp'")
+    return make_sweep({**settings, **overrides})
+
+
+class SweepMonitor(Protocol):
+    """Shows the progress of a sweep."""
+
+    def begin(self, folder: Path, names: list[str]) -> None:
+        """Learn of the runs."""
+
+    def look(self, working: list[str]) -> None:
+        """Learn every half second or so which runs have been handed to workers."""
+
+    def ended(self, name: str, error: str | None) -> None:
+        """Learn that a run has ended."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A run, or with `shared` None a float baseline; `after` is done before it."""
+
+    name: str
+    config: RunConfig
+    shared: Path | None = None
+    after: str | None = None
+
+
+def sweep(
+    config: SweepConfig,
+    *,
+    jobs: int = 1,
+    address: str | None = None,
+    executor: Executor | None = None,
+    monitor: SweepMonitor | None = None,
+) -> list[dict[str, Any]]:
+    """Do all runs that have not been done, and write `table.json`, `table.csv`, figures and the page.
+
+    A run that fails stands in the table with its error in one line, and the others go on.
+
+    Args:
+        config: what to compare.
+        jobs: processes of this machine.
+        address: of a Dask scheduler, in place of these processes. Its workers see the same files.
+        executor: any other executor in their place; no two runs share a process at the same time.
+        monitor: hears how it goes.
+
+    Returns:
+        The rows of the table; see `table.rows`.
+
+    Raises:
+        InvalidInput: for what would fail every run, before anything is written.
+    """
+    runs = config.runs()
+    for method in config.methods:
+        make_options(method, config.settings.get("options", {}))
+    resolve(config.task).load(next(iter(runs.values())).data)  # once, before many processes look for it
+    GXX.require()
+    folder = config.folder
+    _check_ours(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder), _workers(jobs, address, executor) as workers:
+        errors: dict[str, str] = {}
+        content = {
+            "settings": config.model_dump(mode="json", exclude={"out"}),
+            "runs": [
+                {"folder": name, "config": run.model_dump(mode="json", exclude={"out"})} for name, run in runs.items()
+            ],
+            "errors": errors,
+        }
+        table.write_sweep(folder, content)
+        if monitor:
+            monitor.begin(folder, list(runs))
+        for name, error in _perform(_jobs(folder.resolve(), runs), workers, monitor):
+            if name not in runs:
+                continue
+            if error:
+                errors[name] = error
+                table.write_sweep(folder, content)
+            table.write_table(folder)
+            if monitor:
+                monitor.ended(name, error)
+    found = table.write_table(folder)
+    write_sweep_page(folder)
+    return found
+
+
+def _jobs(folder: Path, runs: Mapping[str, RunConfig]) -> list[_Job]:
+    """The baselines of all seeds, then the runs."""
+    baselines = {run.seed: f"float-seed{run.seed}" for run in runs.values()}
+    first = {run.seed: run for run in reversed(runs.values())}
+    return [_Job(name, first[seed].model_copy(update={"out": folder / name})) for seed, name in baselines.items()] + [
+        _Job(name, run, shared=folder / baselines[run.seed], after=baselines[run.seed]) for name, run in runs.items()
+    ]
+
+
+def _perform(jobs: list[_Job], workers: Workers, monitor: SweepMonitor | None) -> Iterator[tuple[str, str | None]]:
+    """Have the jobs done; yields each name as it ends, with its error."""
+    done: set[str] = set()
+    deaths: Counter[str] = Counter()
+    working: dict[Future[str | None], _Job] = {}
+    waiting = list(jobs)
+    while waiting or working:
+        room = (workers.limit or len(jobs)) - len(working)
+        for job in [job for job in waiting if job.after is None or job.after in done][:room]:
+            waiting.remove(job)
+            working[workers.submit(_do, job.config, job.shared)] = job
+        if monitor:
+            monitor.look([job.name for job in working.values()])
+        for future in wait(working, timeout=POLL_S, return_when=FIRST_COMPLETED).done:
+            job = working.pop(future)
+            try:
+                error = future.result()
+            except BrokenExecutor:
+                deaths[job.name] += 1
+                if deaths[job.name] < ATTEMPTS:
+                    waiting.insert(0, job)
+                    continue
+                error = "its process died; out of memory?"
+            except Exception as failure:  # of the executor: every run is to have its line
+                error = _line(failure)
+            done.add(job.name)
+            yield job.name, error
+
+
+def _do(config: RunConfig, shared: Path | None) -> str | None:
+    """Do a job in this process; returns the error in one line, or None."""
+    with exclusive(), Bars(config.folder / "tensorboard", quiet=True) as bars:
+        try:
+            if shared is None:
+                train_baseline(config, bars, patience_s=PATIENCE_S)
+            else:
+                run(config, bars, shared=shared, patience_s=PATIENCE_S)
+        except Exception as error:  # the other runs go on
+            return _line(error)
+    return None
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    known = isinstance(error, (InvalidInput, FloatingPointError))
+    return text if known and text else f"{type(error).__name__}: {text}"
+
+
+def _workers(jobs: int, address: str | None, executor: Executor | None) -> AbstractContextManager[Workers]:
+    if executor is not None:
+        return nullcontext(Given(executor))
+    if address is not None:
+        return cluster(address)
+    if jobs < 1:
+        raise InvalidInput(f"--jobs {jobs}: give at least 1; this machine has {cores()} cores")
+    return Processes(jobs).opened()
+
+
+def _task(name: str) -> str:
+    """The task's name, with the full path of a user's file."""
+    file, separator, function = name.rpartition(":")
+    return f"{Path(file).resolve()}:{function}" if separator else name
+
+
+def _check_ours(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise InvalidInput(f"{folder}: is a file; give a folder with --out")
+    if folder.is_dir() and not table.is_sweep(folder):
+        foreign = sorted(path.name for path in folder.iterdir() if path.name != ".lock")
+        if foreign:
+            raise InvalidInput(f"{folder}: holds {foreign[0]!r} but no sweep; give an empty or a new folder with --out")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise InvalidInput(f"{folder}: another sweep is running here; wait for it or give another --out") from None
