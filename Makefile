@@ -5,7 +5,7 @@ READY := .venv/.ready
 CXX_PROGRAM = $(or $(HMQ_FPGA_GXX),g++)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean compiler simulator
+.PHONY: help demo test lint format clean compiler simulator browser
 
 help:
 	@echo "make demo    train, quantize, convert and verify a small network; ends with a report page"
@@ -18,7 +18,7 @@ demo: compiler $(READY)
 	$(BIN)/hmq-fpga run digits_mlp --rw 8
 
 # A file's tests stay in one process, since they share what they compile.
-test: compiler simulator lint
+test: compiler simulator browser lint
 	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: $(READY)
@@ -44,6 +44,11 @@ simulator:
 	@command -v iverilog >/dev/null || { \
 	  echo "iverilog not found, needed to test the Verilog edge by edge: install Icarus Verilog" \
 	    "(Debian, Ubuntu: apt-get install iverilog)" >&2; exit 1; }
+
+browser:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || { \
+	  echo "chromium not found, needed to test the report pages: install Chromium or Chrome" \
+	    "(Debian: apt-get install chromium)" >&2; exit 1; }
 
 $(READY): pyproject.toml constraints.txt
 	@for python in python3.11 python3.10; do \

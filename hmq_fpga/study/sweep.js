@@ -103,7 +103,7 @@
     choices[name].selectedIndex = preset;
     choices[name].addEventListener("change", draw);
   }
-  document.getElementById("explorer").hidden = !data.runs.length;
+  document.getElementById("explorer").hidden = false;
   addEventListener("resize", draw);
-  if (data.runs.length) draw();
+  draw();
 })();

@@ -131,8 +131,10 @@ def _script() -> str:
 
 
 def _settings(sweep: Mapping[str, Any]) -> dict[str, Any]:
-    settings = dict(sweep["settings"])
-    return given({**settings, **settings.pop("settings", {})})
+    """All settings of a sweep, as its `CONFIG.yaml` takes them."""
+    own = dict(sweep["settings"])
+    rest = own.pop("settings")
+    return given({**own, **rest})
 
 
 def _versions(folder: Path, rows: Sequence[Row]) -> dict[str, str]:

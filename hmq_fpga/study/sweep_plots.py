@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from hmq_fpga.ir.scheme import Scheme
 from hmq_fpga.study.pareto import ACCURACY, Axis, Group, mean_front
@@ -42,26 +43,29 @@ def comparison_figure(found: Sequence[Group], x: Axis, baseline: float | None) -
             if len(group.rows) > 1:
                 axes.errorbar(mx, my, [[my - ly], [hy - my]], [[mx - lx], [hx - mx]], color=colour, elinewidth=0.9)
             axes.plot(mx, my, "o", color=colour, markersize=5)
-        best = [
-            (a[0], b[0])
-            for i in mean_front(found, x, ACCURACY)
-            if (a := found[i].spread(x)) and (b := found[i].spread(ACCURACY))
+        means = [
+            (a[0], b[0]) for group in _on_front(found, x) if (a := group.spread(x)) and (b := group.spread(ACCURACY))
         ]
-        axes.plot(*zip(*best, strict=True), color=INK, linewidth=0.9, zorder=1, label="Pareto front of the means")
+        axes.plot(*zip(*means, strict=True), color=INK, linewidth=0.9, zorder=1, label="Pareto front of the means")
         for method, colour in colours.items():
             axes.plot([], [], "o", color=colour, markersize=5, label=method)
         if baseline is not None:
             axes.axhline(100 * baseline, color=INK, linestyle=":", linewidth=0.9, label="float")
+        if max(a[2] for _, a, _ in known) >= 10_000:
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set(xlabel=x.label, ylabel=ACCURACY.label)
         figure.legend(loc="outside upper right", ncols=2 + len(colours))
         return figure
 
 
+def _on_front(found: Sequence[Group], x: Axis) -> list[Group]:
+    return [found[index] for index in mean_front(found, x, ACCURACY)]
+
+
 def heat_map(schemes: Mapping[str, Scheme]) -> Figure:
     """Bits and log2 of the threshold of each tensor (a row), for each run (a column)."""
     names = list(dict.fromkeys(name for scheme in schemes.values() for name in scheme))
-    panels = {"bits": np.full((len(names), len(schemes)), np.nan), "log2 of the threshold": None}
-    bits = panels["bits"]
+    bits = np.full((len(names), len(schemes)), np.nan)
     exponents = np.full_like(bits, np.nan)
     for column, scheme in enumerate(schemes.values()):
         for tensor in scheme.tensors:
@@ -74,13 +78,14 @@ def heat_map(schemes: Mapping[str, Scheme]) -> Figure:
         _cells(top, bits, "bits", "viridis")
         _cells(bottom, exponents, "log2 of the threshold", "cividis")
         for axes in (top, bottom):
-            axes.set_yticks(range(len(names)), [short(name) for name in names])
-        bottom.set_xticks(range(len(schemes)), [short(name) for name in schemes], rotation=90)
+            axes.set_yticks(np.arange(len(names)) + 0.5, [short(name) for name in names])
+        bottom.set_xticks(np.arange(len(schemes)) + 0.5, [short(name) for name in schemes], rotation=90)
         return figure
 
 
 def _cells(axes: Axes, values: np.ndarray[Any, Any], title: str, colours: str) -> None:
-    axes.imshow(values, cmap=colours, aspect="auto", alpha=0.85)
+    axes.pcolormesh(values, cmap=colours, edgecolor="white", linewidth=0.6)
+    axes.invert_yaxis()
     axes.set_title(title, fontsize=9, loc="left")
     axes.grid(visible=False)
     axes.tick_params(length=0)
@@ -88,7 +93,7 @@ def _cells(axes: Axes, values: np.ndarray[Any, Any], title: str, colours: str) -
     for (row, column), value in np.ndenumerate(values):
         if not np.isnan(value):
             ink = "white" if value < middle else "black"
-            axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=ink)
+            axes.text(column + 0.5, row + 0.5, f"{value:.0f}", ha="center", va="center", fontsize=7, color=ink)
 
 
 def curves_figure(histories: Mapping[str, History]) -> Figure:

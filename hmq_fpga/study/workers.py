@@ -27,6 +27,7 @@ _THREADS = (
     "TF_NUM_INTEROP_THREADS",
 )
 _busy = threading.Lock()
+_asked = threading.Event()
 
 
 class Workers(Protocol):
@@ -147,9 +148,12 @@ def _begin() -> None:
 
 
 def _stop(_number: int, _frame: FrameType | None) -> None:
-    if _busy.locked():
+    """Interrupt the run, once: it cleans up after itself. Without one the process ends."""
+    if not _busy.locked():
+        raise SystemExit(130)
+    if not _asked.is_set():
+        _asked.set()
         raise KeyboardInterrupt
-    os._exit(130)
 
 
 def _end_with_parent() -> None:
@@ -165,4 +169,9 @@ def _in_process(function: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return function(*arguments)
     except KeyboardInterrupt:
-        os._exit(130)
+        parent = multiprocessing.parent_process()
+        if parent is None or not parent.is_alive():  # nobody to tell
+            os._exit(130)
+        raise InterruptedError("stopped by a signal") from None
+    finally:
+        _asked.clear()
