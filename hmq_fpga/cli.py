@@ -48,7 +48,11 @@ io_type = click.option("--io-type", type=click.Choice(["io_parallel", "io_stream
 @click.option("--part", help="FPGA part of the project.")
 @click.option("--clock", "clock_ns", type=float, help="Clock period in ns [5].")
 @click.option("--reuse-factor", type=int, help="Multiplications per multiplier, in all layers [1].")
-@click.option("--strategy", type=click.Choice(["Latency", "Resource"]), help="hls4ml's, in all layers [Latency].")
+@click.option(
+    "--strategy",
+    type=click.Choice(["Latency", "Resource", "distributed_arithmetic"]),
+    help="hls4ml's, in all layers [Latency].",
+)
 @click.option(
     "--estimate", type=click.Choice(["trace", "model", "rtl", "none"]), help="Resources without vendor tools [trace]."
 )

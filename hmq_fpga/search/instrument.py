@@ -441,10 +441,11 @@ class _Builder:
         return self._append(node, path, layer, source)
 
     def _described(self, node: fx.Node) -> tuple[str, str]:
-        """The user's name of an operation, and its type's or function's."""
+        """The user's name of an operation, and its type's or function's; a function's is its module's and its own."""
         if node.op == "call_module":
             return str(node.target), type(self._modules[node.target]).__name__
-        return node.name, getattr(node.target, "__name__", str(node.target))
+        module = next(reversed(node.meta.get("nn_module_stack", {})), "")
+        return f"{module}.{node.name}" if module else node.name, getattr(node.target, "__name__", str(node.target))
 
     def _read(self, node: fx.Node, target: Any) -> nn.Module | None:
         tensors = [n for n in node.all_input_nodes if "shape" in n.meta]
@@ -516,7 +517,7 @@ class _Builder:
 
     def _name(self, node: fx.Node, layer: nn.Module) -> str:
         """A C identifier close to the user's name; a module that is called twice gives two of them."""
-        raw = re.sub(r"\W", "_", str(node.target) if node.op == "call_module" else node.name).strip("_")
+        raw = re.sub(r"\W", "_", self._described(node)[0]).strip("_")
         kind = "relu" if isinstance(layer, Activation | _Clip) else type(layer).__name__.lower()
         base = raw if raw[:1].isalpha() else f"{kind}_{raw}"
         name, n = base, 1

@@ -90,7 +90,7 @@ class RunConfig(BaseModel):
     part: str = DEFAULT_PART
     clock_ns: float = Field(5.0, gt=0)
     reuse_factor: int = Field(1, ge=1)
-    strategy: Literal["Latency", "Resource"] = "Latency"
+    strategy: Literal["Latency", "Resource", "distributed_arithmetic"] = "Latency"
     layers: dict[str, LayerSettings] = Field(default_factory=dict)
     estimate: Literal["trace", "model", "rtl", "none"] = "trace"
     out: Path | None = None

@@ -223,7 +223,7 @@ TASKS = {
         build=_dscnn,
         load=lambda path: data.load("fsdd_mfcc", path),
         threads=_CORES,
-        budget=Budget(float_steps=2000, search_steps=1500, finetune_steps=2500, float_learning_rate=5e-3),
+        budget=Budget(float_steps=1500, search_steps=1000, finetune_steps=1500, float_learning_rate=5e-3),
         io_type="io_stream",
     ),
     "conv1d_fsdd": Task(

@@ -3,7 +3,7 @@
 import numpy as np
 
 from hmq_fpga.ir.fixed import Fixed
-from hmq_fpga.ir.network import Conv, Dense, Flatten, Input, MaxPool, QNet, Quantize
+from hmq_fpga.ir.network import Conv, Dense, DepthwiseConv, Flatten, Input, MaxPool, QNet, Quantize
 
 
 def scheme(*, signed: bool, bits: int, m: int) -> Fixed:
@@ -36,6 +36,10 @@ class Builder:
     def conv(self, name, kernel, filters, format_, *, stride=(1, 1), padding=((0, 0), (0, 0)), bias=40):
         shape = (*kernel, self.net.shapes[self.ops[-1].name][-1], filters)
         return self._linear(Conv, name, shape, format_, bias, stride=stride, padding=padding)
+
+    def depthwise(self, name, kernel, format_, *, stride=(1, 1), padding=((0, 0), (0, 0)), bias=40):
+        shape = (*kernel, self.net.shapes[self.ops[-1].name][-1])
+        return self._linear(DepthwiseConv, name, shape, format_, bias, stride=stride, padding=padding)
 
     def quantize(self, name, format_):
         return self._add(Quantize, name, format=format_)

@@ -28,8 +28,12 @@ PROJECTS = {
             "layers": {"fc2": LayerSettings(reuse_factor=8), "fc4": LayerSettings(strategy="Latency", reuse_factor=3)},
         },
     ),
+    "mlp-adders": ("mlp", {"strategy": "distributed_arithmetic"}),
     "cnn-parallel": ("cnn", {}),
-    "cnn-stream": ("cnn", {"io_type": "io_stream"}),
+    "cnn-stream": (
+        "cnn",
+        {"io_type": "io_stream", "layers": {"uneven": LayerSettings(strategy="distributed_arithmetic")}},
+    ),
 }
 
 
@@ -93,6 +97,9 @@ def test_the_types_in_the_files_are_the_learned_ones(made):
                 assert types[layers[op.name][0]] == str(op.format)
             case MaxPool():
                 assert types[layers[op.name][0]] == str(net.formats[op.source])
+            case Dense() | Conv() if op.name not in layers:  # additions alone: no constants
+                code = (project.folder / "firmware" / "myproject.cpp").read_text()
+                assert types[re.search(rf", (\w+)>\(.*; // {op.name}\n", code)[1]] == plain(net.formats[op.name])
             case Dense() | Conv():
                 result, config = layers[op.name]
                 accumulator = plain(net.formats[op.name])
@@ -104,7 +111,9 @@ def test_the_types_in_the_files_are_the_learned_ones(made):
                     assert f"typedef {op.name}_{role}_t {role}_t;" in config
             case Flatten():
                 pass
-    assert project.types() == expected_types(net)
+    expected = expected_types(net)
+    for op, roles in project.types().items():
+        assert roles == {role: expected[op][role] for role in roles}
 
 
 def test_the_same_network_makes_the_same_files(mlp, tmp_path):
@@ -259,3 +268,18 @@ def test_inputs_that_no_hardware_takes_are_refused(intact):
     for x in (np.zeros((1, 5), np.float32), np.full((1, 6), np.nan, np.float32)):
         with pytest.raises(InvalidInput, match="finite values of shape"):
             project.predict(x)
+
+
+def test_distributed_arithmetic_is_refused_where_it_cannot_be(mlp, tmp_path, monkeypatch):
+    strategy = {"strategy": "distributed_arithmetic"}
+    with pytest.raises(InvalidInput, match="'fc1': distributed_arithmetic has no multipliers to reuse"):
+        HlsProject.create(mlp, tmp_path / "hls", reuse_factor=2, **strategy)
+    depthwise = Builder((4, 4, 2), scheme(signed=False, bits=3, m=0)).depthwise(
+        "dw", (2, 2), scheme(signed=True, bits=3, m=0)
+    )
+    with pytest.raises(InvalidInput, match="'dw': hls4ml has no distributed_arithmetic"):
+        HlsProject.create(depthwise.net, tmp_path / "hls", **strategy)
+    monkeypatch.setattr(hls, "find_spec", lambda name: None)
+    with pytest.raises(InvalidInput, match=r"needs da4ml.*pip install 'hmq-fpga\[da\]'"):
+        HlsProject.create(mlp, tmp_path / "hls", **strategy)
+    assert not list(tmp_path.iterdir())

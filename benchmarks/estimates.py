@@ -1,0 +1,103 @@
+"""How far the estimates without synthesis are from Yosys, on the trained networks of finished sweeps.
+
+    hmq-fpga sweep pendigits_mlp --rw 4 6 8 10 12 14 15.5 --seeds 0 1 2 --out build/estimates/pendigits_mlp
+    python benchmarks/estimates.py build/estimates/*
+
+Every run with Verilog is synthesized by Yosys unless it was. The formula (`model`) was fitted to other, synthetic
+networks, so all of these test it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hmq_fpga.study.hardware import synthesize_by_yosys
+
+PAIRS = (("trace", "yosys"), ("model", "trace"), ("model", "yosys"))
+
+
+def main() -> None:
+    """Synthesize what is missing and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sweeps", type=Path, nargs="+", help="folders of sweeps")
+    arguments = parser.parse_args()
+    folders = [run.parent for sweep in arguments.sweeps for run in sorted(sweep.glob("*/rtl"))]
+    rows = [_row(folder) for folder in folders]
+    here = Path(__file__).parent
+    (here / "estimates.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (here / "estimates.md").write_text(_errors(rows) + "\n" + _designs(rows))
+
+
+def _row(folder: Path) -> dict[str, Any]:
+    seconds_file = folder / "synth" / "seconds"
+    if not seconds_file.exists():
+        start = time.monotonic()
+        synthesize_by_yosys(folder, time_limit_s=None)
+        seconds_file.write_text(f"{time.monotonic() - start:.0f}")
+    record = json.loads((folder / "run.json").read_text())
+    stages = {entry["stage"]: entry for entry in json.loads((folder / "resources.json").read_text())}
+    return {
+        "task": record["config"]["task"],
+        "seed": record["seed"],
+        "rw_target": record["config"]["rw"],
+        "rw_actual": record["metrics"]["rw_actual"],
+        "accuracy": record["metrics"]["qnet_accuracy"],
+        "ebops": record["metrics"]["ebops"],
+        "latency_cycles": stages["trace"]["latency_cycles"],
+        **{stage: stages[stage]["lut"] for stage in ("model", "trace", "yosys")},
+        **{key: stages["yosys"][key] for key in ("carry", "ff", "dsp")},
+        "trace_seconds": record["metrics"]["seconds"]["rtl"],
+        "yosys_seconds": int(seconds_file.read_text()),
+        "tools": f"alkaid {stages['trace']['version']}, Yosys {stages['yosys']['version']}",
+    }
+
+
+def _errors(rows: list[dict[str, Any]]) -> str:
+    tasks = sorted({row["task"] for row in rows})
+    lines = [
+        f"{len(rows)} designs, {min(r['yosys'] for r in rows):,} to {max(r['yosys'] for r in rows):,} Yosys LUT; "
+        f"{rows[0]['tools']}. R² is of the logarithms.",
+        "",
+        "| estimate | of | task | designs | ratio, median | 5 … 95 % | R² |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for estimate, truth in PAIRS:
+        for task in (*tasks, None):
+            group = [row for row in rows if task in (row["task"], None)]
+            x, y = (np.log([row[key] for row in group]) for key in (estimate, truth))
+            low, middle, high = np.exp(np.percentile(x - y, [5, 50, 95]))
+            fit = 1 - np.sum((x - y) ** 2) / np.sum((y - y.mean()) ** 2)
+            lines.append(
+                f"| {estimate} | {truth} | {task or 'all'} | {len(group)} "
+                f"| {middle:.3f} | {low:.3f} … {high:.3f} | {fit:.3f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _designs(rows: list[dict[str, Any]]) -> str:
+    """Means over seeds."""
+    lines = [
+        "| task | R_w asked | seeds | actual | test % | model LUT | trace LUT | Yosys LUT / CARRY4 / FF | cycles "
+        "| trace s | Yosys s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for task, rw in sorted({(row["task"], row["rw_target"]) for row in rows}):
+        group = [row for row in rows if (row["task"], row["rw_target"]) == (task, rw)]
+        mean = {key: np.mean([row[key] for row in group]) for key in group[0] if key not in ("task", "tools")}
+        lines.append(
+            f"| {task} | {rw:g} | {len(group)} | {mean['rw_actual']:.2f} | {100 * mean['accuracy']:.2f} "
+            f"| {mean['model']:,.0f} | {mean['trace']:,.0f} "
+            f"| {mean['yosys']:,.0f} / {mean['carry']:,.0f} / {mean['ff']:,.0f} "
+            f"| {mean['latency_cycles']:.1f} | {mean['trace_seconds']:.1f} | {mean['yosys_seconds']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
