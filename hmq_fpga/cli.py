@@ -147,9 +147,9 @@ def sweep(what: str, jobs: int, address: str | None, as_json: bool, **given: Any
     The float baseline of a seed is trained once. An interrupted sweep goes on where it stopped, and a run that fails
     does not stop the others.
     """
-    from hmq_fpga.study.monitor import SweepView, sweep_summary
     from hmq_fpga.study.sweep import load_sweep, make_sweep
     from hmq_fpga.study.sweep import sweep as sweep_all
+    from hmq_fpga.study.sweep_view import SweepView, sweep_summary
 
     settings = {key: value for key, value in given.items() if value not in (None, ())}
     is_file = what.endswith((".yaml", ".yml"))
@@ -169,7 +169,7 @@ def sweep(what: str, jobs: int, address: str | None, as_json: bool, **given: Any
 def diff(a: Path, b: Path, as_json: bool) -> int:
     """Say what changed from one run to another: settings, accuracy, formats, resources, layer by layer."""
     from hmq_fpga.study.diff import diff as compare_runs
-    from hmq_fpga.study.monitor import diff_tables
+    from hmq_fpga.study.diff import diff_tables
 
     found = compare_runs(a, b)
     _print(found, as_json, lambda: diff_tables(found))

@@ -8,11 +8,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group
+from rich.markup import escape
+
 from hmq_fpga.ir import cost
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.network import QNet
 from hmq_fpga.ir.scheme import Scheme, Tensor
+from hmq_fpga.study.monitor import table
 from hmq_fpga.study.stages import read_record
+from hmq_fpga.study.table import RESOURCES
 
 FIGURES = (
     "float_accuracy",
@@ -27,7 +32,6 @@ FIGURES = (
     "bops",
     "ebops",
 )
-_RESOURCES = ("lut", "ff", "dsp", "bram", "carry", "latency_cycles", "ii")
 
 
 def diff(a: Path, b: Path) -> dict[str, Any]:
@@ -71,7 +75,7 @@ def _layers(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _resources(folder: Path) -> dict[str, dict[str, Any]]:
     entries = json.loads((folder / "resources.json").read_text())
-    return {f"{entry['stage']} ({entry['tool']})": {key: entry.get(key) for key in _RESOURCES} for entry in entries}
+    return {f"{entry['stage']} ({entry['tool']})": {key: entry.get(key) for key in RESOURCES} for entry in entries}
 
 
 def _type(tensor: Tensor) -> str:
@@ -90,3 +94,34 @@ def _of(pair: Iterable[Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]
 
 def _changed(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, list[Any]]:
     return {key: [a.get(key), b.get(key)] for key in _names([a, b]) if a.get(key) != b.get(key)}
+
+
+def diff_tables(found: Mapping[str, Any]) -> Group:
+    """What `diff` found, for people."""
+    a, b = found["runs"]
+    parts: list[Any] = [f"a  {escape(a)}", f"b  {escape(b)}"]
+    if found["same_network"]:
+        parts.append("the integer networks are the same")
+    sections = [("setting", {"": found["settings"]}), ("figure", {"": found["figures"]})]
+    sections += [("tensor", {"": found["formats"]}), ("layer", found["layers"]), ("resources", found["resources"])]
+    for title, changes in sections:
+        lines = [
+            (escape(f"{name} {key}".strip()), _value(old), _value(new), _change(old, new))
+            for name, change in changes.items()
+            for key, (old, new) in change.items()
+        ]
+        if lines:
+            parts += ["", table((title, "a", "b", "change"), lines)]
+    return Group(*parts)
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "–"
+    return escape(f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value))
+
+
+def _change(old: Any, new: Any) -> str:
+    if any(isinstance(value, bool) or not isinstance(value, (int, float)) for value in (old, new)) or old == new:
+        return ""
+    return f"{new - old:+,.4g}" if not old or abs(new / old - 1) < 1e-3 else f"{new / old - 1:+.1%}"

@@ -10,9 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.markup import escape
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -113,119 +111,6 @@ class _LazyWriter:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
-
-
-class SweepView:
-    """The live table of a sweep on a terminal, silence elsewhere; a run's stage is read from its `run.json`."""
-
-    def __init__(self) -> None:
-        self._folder = Path()
-        self._states: dict[str, str] = {}
-        self._began = time.monotonic()
-        self._live = Live(console=Console(stderr=True), auto_refresh=False)
-        self._shown = sys.stderr.isatty()
-
-    def __enter__(self) -> SweepView:
-        """Start drawing."""
-        if self._shown:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        """Stop drawing."""
-        if self._shown:
-            self._live.stop()
-
-    def begin(self, folder: Path, names: list[str]) -> None:
-        """Learn of the runs."""
-        self._folder, self._states = folder, dict.fromkeys(names, "")
-
-    def look(self, working: list[str]) -> None:
-        """Read where the runs that have been handed to workers are, and draw."""
-        if self._shown:
-            now = {name: _stage_of(self._folder / name) for name in working}
-            self._live.update(self._table(now), refresh=True)
-
-    def ended(self, name: str, error: str | None) -> None:
-        """Learn that a run has ended."""
-        if self._shown:
-            self._states[name] = f"[red]{escape(error)}" if error else _result(self._folder / name)
-
-    def _table(self, now: Mapping[str, str]) -> Table:
-        """The runs in work, then the others from the last that ended, as many as fit."""
-        ended = sum(map(bool, self._states.values()))
-        seconds = time.monotonic() - self._began
-        lines = [(escape(name), f"[cyan]{state}") for name, state in now.items()]
-        lines += [(escape(name), state) for name, state in reversed(self._states.items()) if state]
-        lines += [(escape(name), "") for name in self._states if not self._states[name] and name not in now]
-        header = (f"{ended} of {len(self._states)} runs", f"{seconds:.0f} s")
-        return table(header, lines[: max(3, self._live.console.height - 3)])
-
-
-def _stage_of(folder: Path) -> str:
-    try:
-        stages = json.loads((folder / "run.json").read_text())["stages"]
-    except (OSError, ValueError, KeyError):
-        return "begins"
-    return next((name for name, stage in stages.items() if stage["state"] == "running"), "begins")
-
-
-def _result(folder: Path) -> str:
-    metrics = json.loads((folder / "run.json").read_text())["metrics"]
-    exact = "bit-exact" if metrics["parity_passed"] else "[red]NOT bit-exact[/]"
-    return f"R_w {metrics['rw_actual']:.2f}  {metrics['qnet_accuracy']:.2%}  {exact}"
-
-
-def sweep_summary(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Group:
-    """The outcome of a sweep: seeds together, failures, where to look."""
-    from hmq_fpga.study import pareto
-
-    found, lut = pareto.groups(rows), pareto.lut_axis(rows)
-    axes = {pareto.RATE: ".2f", pareto.ACCURACY: ".2f", pareto.BOPS: ",.0f"} | ({lut: ",.0f"} if lut else {})
-    lines = [
-        (
-            *(escape(group.method), f"{group.rw:g}", f"{group.ra:g}", str(len(group.rows))),
-            *(f"{spread[0]:{style}}" if (spread := group.spread(axis)) else "–" for axis, style in axes.items()),
-            "bit-exact" if all(row["parity_passed"] for row in group.rows) else "[red]BROKEN",
-        )
-        for group in found
-    ]
-    header = ("method", "R_w", "R_a", "seeds", *(axis.label for axis in axes), "parity")
-    failures = [f"[red]failed[/] {escape(r['run'])}: {escape(r['error'])}" for r in rows if r["error"]]
-    return Group(
-        table(header, lines), *failures, f"table   {folder / 'table.csv'}", f"report  {folder / 'report.html'}"
-    )
-
-
-def diff_tables(found: Mapping[str, Any]) -> Group:
-    """What `diff` found, for people."""
-    a, b = found["runs"]
-    parts: list[Any] = [f"a  {escape(a)}", f"b  {escape(b)}"]
-    if found["same_network"]:
-        parts.append("the integer networks are the same")
-    sections = [("setting", {"": found["settings"]}), ("figure", {"": found["figures"]})]
-    sections += [("tensor", {"": found["formats"]}), ("layer", found["layers"]), ("resources", found["resources"])]
-    for title, changes in sections:
-        lines = [
-            (escape(f"{name} {key}".strip()), _value(old), _value(new), _change(old, new))
-            for name, change in changes.items()
-            for key, (old, new) in change.items()
-        ]
-        if lines:
-            parts += ["", table((title, "a", "b", "change"), lines)]
-    return Group(*parts)
-
-
-def _value(value: Any) -> str:
-    if value is None:
-        return "–"
-    return escape(f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value))
-
-
-def _change(old: Any, new: Any) -> str:
-    if any(isinstance(value, bool) or not isinstance(value, (int, float)) for value in (old, new)) or old == new:
-        return ""
-    return f"{new - old:+,.4g}" if not old or abs(new / old - 1) < 1e-3 else f"{new / old - 1:+.1%}"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:

@@ -108,13 +108,22 @@ def load_config(path: Path, overrides: Mapping[str, Any]) -> RunConfig:
     Raises:
         InvalidInput: when it cannot be read, or naming the setting that is wrong.
     """
+    return make_config({**read_settings(path), **overrides})
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The content of a `CONFIG.yaml`, unchecked.
+
+    Raises:
+        InvalidInput: when it cannot be read.
+    """
     try:
         settings = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise InvalidInput(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise InvalidInput(f"{path}: must hold settings such as 'task: digits_mlp'")
-    return make_config({**settings, **overrides})
+    return settings
 
 
 def make_config(settings: Mapping[str, Any]) -> RunConfig:

@@ -145,14 +145,14 @@ def _copied(stage: Stage, inputs: str, shared: Path, new: Path) -> Mapping[str, 
     return metrics if copies == made["outputs"] else None
 
 
-def check_ours(path: Path) -> None:
-    """Raise `InvalidInput` unless `path` is a run's folder, empty, or not there."""
+def check_ours(path: Path, record: str = RECORD, what: str = "run") -> None:
+    """Raise `InvalidInput` unless `path` is not there, empty, or the folder of a run, or of what else has a record."""
     if path.exists() and not path.is_dir():
         raise InvalidInput(f"{path}: is a file; give a folder with --out")
-    if path.is_dir() and not (path / RECORD).exists():
+    if path.is_dir() and not (path / record).exists():
         foreign = sorted(p.name for p in path.iterdir() if p.name != ".lock")
         if foreign:
-            raise InvalidInput(f"{path}: holds {foreign[0]!r} but no run; give an empty or a new folder with --out")
+            raise InvalidInput(f"{path}: holds {foreign[0]!r} but no {what}; give an empty or a new folder with --out")
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
 
-import yaml
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -20,7 +19,8 @@ from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.search.methods import make_options
 from hmq_fpga.study import table
 from hmq_fpga.study.monitor import Bars
-from hmq_fpga.study.run import RunConfig, make_config, run, train_baseline
+from hmq_fpga.study.run import RunConfig, make_config, read_settings, run, train_baseline
+from hmq_fpga.study.stages import check_ours
 from hmq_fpga.study.sweep_page import write_sweep_page
 from hmq_fpga.study.tasks import resolve
 from hmq_fpga.study.workers import Given, Processes, Workers, cluster, cores, exclusive
@@ -69,13 +69,15 @@ class SweepConfig(BaseModel):
         Raises:
             InvalidInput: naming the setting that is wrong.
         """
-        base = self.folder.resolve()
+        base, settings = self.folder.resolve(), dict(self.settings)
+        if data := settings.get("data"):
+            settings["data"] = Path(data).resolve()  # workers may have another working directory
         names = {
             f"{method}-rw{rw:g}-ra{ra:g}-seed{seed}": {"method": method, "rw": rw, "ra": ra, "seed": seed}
             for method, rw, ra, seed in product(self.methods, self.rw, self.ra, self.seeds)
         }
         return {
-            name: make_config({"task": _task(self.task), **self.settings, **point, "out": base / name})
+            name: make_config({"task": _task(self.task), **settings, **point, "out": base / name})
             for name, point in names.items()
         }
 
@@ -90,8 +92,6 @@ def make_sweep(settings: Mapping[str, Any]) -> SweepConfig:
     settings = {plural.get(key, key): value for key, value in settings.items()}
     own = {key: settings[key] for key in SweepConfig.model_fields if key in settings}
     rest = {key: value for key, value in settings.items() if key not in own}
-    if data := rest.get("data"):
-        rest["data"] = Path(data).resolve()
     try:
         config = SweepConfig(**own, settings=rest)
     except ValidationError as error:
@@ -107,13 +107,7 @@ def load_sweep(path: Path, overrides: Mapping[str, Any]) -> SweepConfig:
     Raises:
         InvalidInput: when it cannot be read, or naming the setting that is wrong.
     """
-    try:
-        settings = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise InvalidInput(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(settings, dict):
-        raise InvalidInput(f"{path}: must hold settings such as 'task: digits_mlp'")
-    return make_sweep({**settings, **overrides})
+    return make_sweep({**read_settings(path), **overrides})
 
 
 class SweepMonitor(Protocol):
@@ -130,7 +124,7 @@ class SweepMonitor(Protocol):
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """A run, or with `shared` None a float baseline; `after` is done before it."""
 
     name: str
@@ -170,7 +164,7 @@ def sweep(
     resolve(config.task).load(next(iter(runs.values())).data)  # once, before many processes look for it
     GXX.require()
     folder = config.folder
-    _check_ours(folder)
+    check_ours(folder, table.SWEEP, "sweep")
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder), _workers(jobs, address, executor) as workers:
         errors: dict[str, str] = {}
@@ -184,7 +178,7 @@ def sweep(
         table.write_sweep(folder, content)
         if monitor:
             monitor.begin(folder, list(runs))
-        for name, error in _perform(_jobs(folder.resolve(), runs), workers, monitor):
+        for name, error in perform(_jobs(folder.resolve(), runs), workers, monitor):
             if name not in runs:
                 continue
             if error:
@@ -198,24 +192,27 @@ def sweep(
     return found
 
 
-def _jobs(folder: Path, runs: Mapping[str, RunConfig]) -> list[_Job]:
+def _jobs(folder: Path, runs: Mapping[str, RunConfig]) -> list[Job]:
     """The baselines of all seeds, then the runs."""
     baselines = {run.seed: f"float-seed{run.seed}" for run in runs.values()}
     first = {run.seed: run for run in reversed(runs.values())}
-    return [_Job(name, first[seed].model_copy(update={"out": folder / name})) for seed, name in baselines.items()] + [
-        _Job(name, run, shared=folder / baselines[run.seed], after=baselines[run.seed]) for name, run in runs.items()
+    return [Job(name, first[seed].model_copy(update={"out": folder / name})) for seed, name in baselines.items()] + [
+        Job(name, run, shared=folder / baselines[run.seed], after=baselines[run.seed]) for name, run in runs.items()
     ]
 
 
-def _perform(jobs: list[_Job], workers: Workers, monitor: SweepMonitor | None) -> Iterator[tuple[str, str | None]]:
+def perform(jobs: list[Job], workers: Workers, monitor: SweepMonitor | None) -> Iterator[tuple[str, str | None]]:
     """Have the jobs done; yields each name as it ends, with its error."""
     done: set[str] = set()
     deaths: Counter[str] = Counter()
-    working: dict[Future[str | None], _Job] = {}
+    working: dict[Future[str | None], Job] = {}
     waiting = list(jobs)
     while waiting or working:
         room = (workers.limit or len(jobs)) - len(working)
-        for job in [job for job in waiting if job.after is None or job.after in done][:room]:
+        ready = [job for job in waiting if job.after is None or job.after in done][:room]
+        if suspects := [job for job in waiting if deaths[job.name]]:  # alone, to know whose process dies
+            ready = [] if working else suspects[:1]
+        for job in ready:
             waiting.remove(job)
             working[workers.submit(_do, job.config, job.shared)] = job
         if monitor:
@@ -269,15 +266,6 @@ def _task(name: str) -> str:
     """The task's name, with the full path of a user's file."""
     file, separator, function = name.rpartition(":")
     return f"{Path(file).resolve()}:{function}" if separator else name
-
-
-def _check_ours(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise InvalidInput(f"{folder}: is a file; give a folder with --out")
-    if folder.is_dir() and not table.is_sweep(folder):
-        foreign = sorted(path.name for path in folder.iterdir() if path.name != ".lock")
-        if foreign:
-            raise InvalidInput(f"{folder}: holds {foreign[0]!r} but no sweep; give an empty or a new folder with --out")
 
 
 @contextmanager

@@ -28,7 +28,7 @@ _METRICS = (
     "ebops",
     "qnet_digest",
 )
-_RESOURCES = ("lut", "ff", "dsp", "bram", "carry", "latency_cycles", "ii")
+RESOURCES = ("lut", "ff", "dsp", "bram", "carry", "latency_cycles", "ii")
 
 
 def is_sweep(folder: Path) -> bool:
@@ -112,5 +112,5 @@ def _finished(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _resources(folder: Path) -> Iterator[tuple[str, Any]]:
     for entry in json.loads((folder / "resources.json").read_text()):
-        for key in _RESOURCES:
+        for key in RESOURCES:
             yield f"{entry['stage']}_{key}", entry.get(key)

@@ -84,6 +84,35 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, digits_file, own_mod
             assert files(tmp_path) == before
 
 
+def bad_sweeps(tmp_path, data):
+    """Arguments after `sweep`, and what the one line must say."""
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("precious")
+    return {
+        "unknown task": (["digit_mlp"], "unknown task 'digit_mlp'"),
+        "not a number": (["digits_mlp", "--rw", "4", "high"], "'high' is not a valid float"),
+        "no number": (["digits_mlp", "--seeds", "-1"], "No such option"),
+        "unknown method": (["digits_mlp", "--methods", "hmq", "magic"], "there are hmq, uniform"),
+        "missing data": (["digits_mlp", "--data", tmp_path / "none.npz"], "none.npz: no such file"),
+        "no process": (["digits_mlp", "--data", data, "--jobs", "0"], "--jobs 0: give at least 1"),
+        "bad address": (["digits_mlp", "--data", data, "--cluster", "tcp:/nowhere"], "--cluster tcp:/nowhere"),
+        "foreign folder": (["digits_mlp", "--out", tmp_path / "thesis"], "holds 'thesis.tex' but no sweep"),
+    }
+
+
+def test_bad_sweep_is_one_line_and_writes_nothing(tmp_path, digits_file, monkeypatch, capsys, subtests):
+    cases = bad_sweeps(tmp_path, digits_file)
+    monkeypatch.chdir(tmp_path)
+    before = files(tmp_path)
+    for name, (arguments, message) in cases.items():
+        with subtests.test(name):
+            code, out, err = call(monkeypatch, capsys, "sweep", *arguments)
+            assert (code, out) == (2, "")
+            assert message in err
+            assert err.count("\n") == 1
+            assert files(tmp_path) == before
+
+
 def test_missing_compiler_is_found_before_any_work(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HMQ_FPGA_GXX", str(tmp_path / "no-compiler"))
     monkeypatch.chdir(tmp_path)
@@ -94,14 +123,19 @@ def test_missing_compiler_is_found_before_any_work(tmp_path, monkeypatch, capsys
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("verb", ["run", "convert", "csim", "synth", "pack", "collect", "report", "tasks", "doctor"])
+@pytest.mark.parametrize(
+    "verb",
+    ["run", "convert", "csim", "synth", "pack", "collect", "sweep", "diff", "report", "tasks", "doctor"],
+)
 def test_every_verb_has_help_with_an_example(verb, monkeypatch, capsys):
     code, out, _ = call(monkeypatch, capsys, verb, "--help")
     assert code == 0
     assert f"Example: hmq-fpga {verb}" in out
 
 
-@pytest.mark.parametrize("verb", ["csim", "report", "pack", "collect", "synth --tool vitis", "synth --tool yosys"])
+@pytest.mark.parametrize(
+    "verb", ["csim", "report", "pack", "collect", "synth --tool vitis", "synth --tool yosys", "diff ."]
+)
 def test_verbs_on_a_run_want_a_run(verb, tmp_path, monkeypatch, capsys):
     verb, *options = verb.split()
     code, _, err = call(monkeypatch, capsys, verb, tmp_path, *options)

@@ -16,7 +16,8 @@ from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.network import QNet
 from hmq_fpga.study import table
 from hmq_fpga.study.diff import diff
-from hmq_fpga.study.sweep import SweepConfig, make_sweep, sweep
+from hmq_fpga.study.sweep import Job, SweepConfig, make_sweep, perform, sweep
+from hmq_fpga.study.workers import Processes
 
 STEPS = "float_steps: 200\nsearch_steps: 200\nfinetune_steps: 200\n"
 RUNS = [f"hmq-rw{rw}-ra4-seed{seed}" for rw in (8, 40) for seed in (0, 1)]
@@ -225,3 +226,17 @@ def test_one_value_is_a_list_of_it():
         task="digits_mlp", rw=(8.0,), seeds=(3,), methods=("uniform",), settings={"estimate": "none"}
     )
     assert list(config.runs()) == ["uniform-rw8-ra4-seed3"]
+
+
+def die_or_not(config, shared):
+    """Stands for a run: the one named `bad` takes its process with it."""
+    if config == "bad":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_dies_fails_its_own_run_only(monkeypatch):
+    monkeypatch.setattr("hmq_fpga.study.sweep._do", die_or_not)
+    jobs = [Job(name=name, config=name) for name in ("good", "bad", "fine", "last")]
+    with Processes(2).opened() as workers:
+        ended = dict(perform(jobs, workers, None))
+    assert ended == {"good": None, "bad": "its process died; out of memory?", "fine": None, "last": None}
