@@ -64,7 +64,10 @@ class Group:
     def spread(self, axis: Axis) -> tuple[float, float, float] | None:
         """Mean, least and largest value of a figure; None where one is unknown."""
         values = self.values(axis)
-        return (fmean(values), min(values), max(values)) if values else None
+        if not values:
+            return None
+        low, high = min(values), max(values)
+        return min(max(fmean(values), low), high), low, high  # a rounded mean stays within
 
 
 def groups(rows: Iterable[Row]) -> list[Group]:

@@ -165,8 +165,7 @@ def sweep(
     GXX.require()
     folder = config.folder
     check_ours(folder, table.SWEEP, "sweep")
-    folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder), _workers(jobs, address, executor) as workers:
+    with _workers(jobs, address, executor) as workers, _alone(folder):
         errors: dict[str, str] = {}
         content = {
             "settings": config.model_dump(mode="json", exclude={"out"}),
@@ -270,6 +269,7 @@ def _task(name: str) -> str:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
             yield

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from hmq_fpga.ir.errors import InvalidInput
 
+CONNECT_S = 10  # to reach a scheduler
 GRACE_S = 10.0  # for tools that a worker has started, when the sweep has ended without it
 _THREADS = (
     "OMP_NUM_THREADS",
@@ -110,7 +111,7 @@ def cluster(address: str) -> Iterator[Workers]:
     except ImportError as error:
         raise InvalidInput("--cluster needs Dask: pip install hmq-fpga[cluster]") from error
     try:
-        client = Client(address, set_as_default=False)
+        client = Client(address, timeout=f"{CONNECT_S}s", set_as_default=False)
     except (OSError, ValueError) as error:
         raise InvalidInput(f"--cluster {address}: no scheduler answers there: {error}") from error
     with client, client.get_executor() as executor:

@@ -18,6 +18,7 @@ from hmq_fpga.study import table
 from hmq_fpga.study.diff import diff
 from hmq_fpga.study.sweep import Job, SweepConfig, make_sweep, perform, sweep
 from hmq_fpga.study.workers import Processes
+from tests.study.workers import die_or_not
 
 STEPS = "float_steps: 200\nsearch_steps: 200\nfinetune_steps: 200\n"
 RUNS = [f"hmq-rw{rw}-ra4-seed{seed}" for rw in (8, 40) for seed in (0, 1)]
@@ -47,7 +48,7 @@ def stage_states(folder):
     return found
 
 
-def wait_until(condition, process, seconds=120):
+def wait_until(condition, process, seconds=600):
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, "ended too early"
@@ -129,7 +130,7 @@ def test_interrupted_sweep_says_so_and_leaves_no_process(digits_file, own_model,
     )
     wait_until(lambda: "running" in stage_states(folder).values(), process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, said = process.communicate(timeout=60)  # its end comes when the last process has closed its standard error
+    _, said = process.communicate(timeout=300)  # its end comes when the last process has closed its standard error
     assert process.returncode == 130
     assert said.decode().strip() == "hmq-fpga: interrupted; the same command goes on where it stopped"
     assert {row["state"] for row in table.rows(folder)} <= {"open", "failed"}
@@ -168,7 +169,7 @@ def test_cluster_that_loses_a_worker_gives_the_same_table(undisturbed, digits_fi
             wait_until(lambda: len(at_work(folder)) == 2, process)
             assert first.poll() is None
             first.kill()
-            _, said = process.communicate(timeout=240)
+            _, said = process.communicate(timeout=600)
             assert process.returncode == 1, said
             assert second.poll() is None
     assert digests(folder) == digests(undisturbed[0])
@@ -226,12 +227,6 @@ def test_one_value_is_a_list_of_it():
         task="digits_mlp", rw=(8.0,), seeds=(3,), methods=("uniform",), settings={"estimate": "none"}
     )
     assert list(config.runs()) == ["uniform-rw8-ra4-seed3"]
-
-
-def die_or_not(config, shared):
-    """Stands for a run: the one named `bad` takes its process with it."""
-    if config == "bad":
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_process_that_dies_fails_its_own_run_only(monkeypatch):
