@@ -187,8 +187,8 @@ def sweep(
             table.write_table(folder)
             if monitor:
                 monitor.ended(name, error)
-    found = table.write_table(folder)
-    write_sweep_page(folder)
+        found = table.write_table(folder)
+        write_sweep_page(folder)
     return found
 
 

@@ -8,6 +8,7 @@ from playwright.sync_api import sync_playwright
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.study import pareto, table
 from hmq_fpga.study.sweep_page import write_sweep_page
+from hmq_fpga.study.sweep_view import SweepView
 from tests.study.pages import HOSTILE, make_run
 
 PHONE = {"width": 360, "height": 740}
@@ -141,6 +142,23 @@ def test_a_sweep_that_has_just_begun(browser, tmp_path):
     visit = Visit(browser, write_sweep_page(folder))
     assert "0 of 4 runs finished" in visit.page.locator(".verdict").inner_text()
     assert visit.said == []
+
+
+def test_live_table_says_what_is_done_and_what_is_at_work(tmp_path, capsys, monkeypatch):
+    folder = make_sweep(tmp_path / "sweep")
+    names = [f"hmq-rw{rw}-ra4-seed{seed}" for rw in (8, 12) for seed in (0, 1)]
+    running = json.loads((folder / names[1] / "run.json").read_text())
+    running["stages"]["search"] = {"state": "running"}
+    (folder / names[1] / "run.json").write_text(json.dumps(running))
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with SweepView() as view:
+        view.begin(folder, names)
+        view.look(names[:3])
+        view.ended(names[0], None)
+        view.ended(names[2], "[bold]it broke")
+    shown = capsys.readouterr().err
+    for words in ("2 of 4 runs", "R_w 8.00  95.00%  bit-exact", "[bold]it broke", "search"):
+        assert words in shown, words
 
 
 def test_damaged_sweep_is_named(tmp_path):
