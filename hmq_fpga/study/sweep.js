@@ -103,6 +103,13 @@
     choices[name].selectedIndex = preset;
     choices[name].addEventListener("change", draw);
   }
+  if (methods.length > 1)
+    for (const method of methods) {
+      const entry = document.createElement("span");
+      entry.textContent = `● ${method} `;
+      entry.style.color = colour({ method });
+      document.getElementById("legend").append(entry);
+    }
   document.getElementById("explorer").hidden = false;
   addEventListener("resize", draw);
   draw();
