@@ -22,6 +22,8 @@ from hmq_fpga.study.table import RESOURCES
 FIGURES = (
     "float_accuracy",
     "qnet_accuracy",
+    "float_mse",
+    "qnet_mse",
     "parity_passed",
     "rw_actual",
     "ra_actual",
@@ -38,9 +40,9 @@ def diff(a: Path, b: Path) -> dict[str, Any]:
     """What differs between the finished runs in the folders `a` and `b`, always as `[of a, of b]`.
 
     Returns:
-        `settings`: those that differ; `figures`: accuracies, rates and costs, all of them; `formats`: tensors whose
-        format differs, as HLS types with `None` where a tensor is missing; `layers`: per linear layer, costs that
-        differ; `resources`: per stage, figures that differ; `same_network`: whether the integers are the same.
+        `settings`: those that differ; `figures`: accuracies, rates and costs, all that are known; `formats`: tensors
+        whose format differs, as HLS types with `None` where a tensor is missing; `layers`: per linear layer, costs
+        that differ; `resources`: per stage, figures that differ; `same_network`: whether the integers are the same.
 
     Raises:
         InvalidInput: when one is not the folder of a run that has come as far as parity.
@@ -54,7 +56,9 @@ def diff(a: Path, b: Path) -> dict[str, Any]:
         "runs": [str(a), str(b)],
         "same_network": metrics[0]["qnet_digest"] == metrics[1]["qnet_digest"],
         "settings": _changed(*(record["config"] for record in records)),
-        "figures": {key: [m.get(key) for m in metrics] for key in FIGURES},
+        "figures": {
+            key: [m.get(key) for m in metrics] for key in FIGURES if any(m.get(key) is not None for m in metrics)
+        },
         "formats": _changed(*({t.name: _type(t) for t in scheme.tensors} for scheme in schemes)),
         "layers": {name: change for name in _names(layers) if (change := _changed(*_of(layers, name)))},
         "resources": {name: change for name in _names(resources) if (change := _changed(*_of(resources, name)))},

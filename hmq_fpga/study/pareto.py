@@ -31,6 +31,7 @@ class Axis:
 
 
 ACCURACY = Axis(key="qnet_accuracy", label="test accuracy, %", better="more", scale=100.0)
+ERROR = Axis(key="qnet_mse", label="test squared error", better="less")
 RATE = Axis(key="rw_actual", label="actual R_w", better="more")
 BOPS = Axis(key="bops", label="bits · MACs", better="less")
 _OTHERS = (
@@ -86,9 +87,14 @@ def lut_axis(rows: Sequence[Row]) -> Axis | None:
     return Axis(key=f"{stage}_lut", label=f"LUT ({stage})", better="less") if known[stage] else None
 
 
+def score_axis(rows: Iterable[Row]) -> Axis:
+    """What the runs are judged by: accuracy, of a regression the squared error."""
+    return ERROR if any(row.get(ERROR.key) is not None for row in rows) else ACCURACY
+
+
 def axes(rows: Sequence[Row]) -> list[Axis]:
     """All figures that some run has, the usual ones first."""
-    main = [RATE, lut_axis(rows), BOPS, ACCURACY]
+    main = [RATE, lut_axis(rows), BOPS, score_axis(rows)]
     resources = [
         Axis(key=f"{stage}_{key}", label=f"{label} ({stage})", better="less")
         for stage in STAGES

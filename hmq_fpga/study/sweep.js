@@ -98,7 +98,7 @@
     }
   }
 
-  for (const [name, preset] of [["x", 0], ["y", data.axes.findIndex((axis) => axis.key === "qnet_accuracy")]]) {
+  for (const [name, preset] of [["x", 0], ["y", data.axes.findIndex((axis) => axis.key === data.score)]]) {
     for (const axis of data.axes) choices[name].append(new Option(axis.label, axis.key));
     choices[name].selectedIndex = preset;
     choices[name].addEventListener("change", draw);

@@ -48,6 +48,8 @@ def write_sweep_page(folder: Path) -> Path:
             rows=rows,
             groups=[_summary(group) for group in found],
             lut=pareto.lut_axis(rows),
+            score=pareto.score_axis(rows),
+            float_score=_float(pareto.score_axis(rows)),
             links={row["run"]: f"{quote(row['run'])}/{PAGE}" for row in rows},
             figures=pictures,
             settings=yaml.safe_dump(_settings(sweep), sort_keys=False, default_flow_style=None, allow_unicode=True),
@@ -64,12 +66,12 @@ def _figures(folder: Path, rows: Sequence[Row], found: Sequence[Group]) -> dict[
     done = [row for row in rows if row["state"] == "done"]
     if not done:
         return {}
-    baseline = fmean(row["float_accuracy"] for row in done)
-    lut = pareto.lut_axis(rows)
-    made = {"accuracy_rw": sweep_plots.comparison_figure(found, pareto.RATE, baseline)}
+    score, lut = pareto.score_axis(rows), pareto.lut_axis(rows)
+    baseline = fmean(score.scale * row[_float(score)] for row in done)
+    made = {"accuracy_rw": sweep_plots.comparison_figure(found, pareto.RATE, score, baseline)}
     if lut and any(group.spread(lut) for group in found):
-        made["accuracy_lut"] = sweep_plots.comparison_figure(found, lut, baseline)
-    made["accuracy_bops"] = sweep_plots.comparison_figure(found, pareto.BOPS, baseline)
+        made["accuracy_lut"] = sweep_plots.comparison_figure(found, lut, score, baseline)
+    made["accuracy_bops"] = sweep_plots.comparison_figure(found, pareto.BOPS, score, baseline)
     made["formats"] = sweep_plots.heat_map({r["run"]: Scheme.load(folder / r["run"] / "scheme.json") for r in done})
     histories = {group.rows[0]["run"]: stored(folder / group.rows[0]["run"] / "search.json") for group in found}
     if drawn := {name: history for name, history in histories.items() if history and set(history) >= _CURVES}:
@@ -77,9 +79,15 @@ def _figures(folder: Path, rows: Sequence[Row], found: Sequence[Group]) -> dict[
     return made
 
 
+def _float(score: pareto.Axis) -> str:
+    """The column of the float model's score."""
+    return score.key.replace("qnet", "float")
+
+
 def _summary(group: Group) -> dict[str, Any]:
     """A group's line: means, and standard deviations over seeds."""
-    accuracies = [100 * row["qnet_accuracy"] for row in group.rows]
+    score = pareto.score_axis(group.rows)
+    scores = [score.scale * row[score.key] for row in group.rows]
     rates = [row["rw_actual"] for row in group.rows]
     return {
         "method": group.method,
@@ -87,9 +95,9 @@ def _summary(group: Group) -> dict[str, Any]:
         "ra": group.ra,
         "seeds": len(group.rows),
         "rates": (min(rates), max(rates)),
-        "accuracy": fmean(accuracies),
-        "deviation": stdev(accuracies) if len(accuracies) > 1 else None,
-        "difference": fmean(100 * (row["qnet_accuracy"] - row["float_accuracy"]) for row in group.rows),
+        "score": fmean(scores),
+        "deviation": stdev(scores) if len(scores) > 1 else None,
+        "difference": fmean(score.scale * (row[score.key] - row[_float(score)]) for row in group.rows),
         "bops": fmean(row["bops"] for row in group.rows),
         "lut": spread[0] if (axis := pareto.lut_axis(group.rows)) and (spread := group.spread(axis)) else None,
         "exact": all(row["parity_passed"] for row in group.rows),
@@ -116,6 +124,7 @@ def _explorer(rows: Sequence[Row], found: Sequence[Group]) -> dict[str, Any]:
             for row in group.rows
         ],
         "fronts": pareto.all_fronts(found, axes),
+        "score": pareto.score_axis(rows).key,
         "palette": sweep_plots.PALETTE,
     }
 

@@ -17,49 +17,47 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from hmq_fpga.ir.scheme import Scheme
-from hmq_fpga.study.pareto import ACCURACY, Axis, Group, mean_front
+from hmq_fpga.study.pareto import Axis, Group, mean_front
 from hmq_fpga.study.plots import INK, STYLE, WIDTH, History, short
 
 PALETTE = ("#3b76c4", "#d9822b", "#5b9a68", "#a05195", "#7f7f7f")
 DPI = 200
 
 
-def comparison_figure(found: Sequence[Group], x: Axis, baseline: float | None) -> Figure:
-    """Test accuracy against `x`: every run, the mean and range over seeds, the Pareto front of the means.
+def comparison_figure(found: Sequence[Group], x: Axis, y: Axis, baseline: float) -> Figure:
+    """`y` against `x`: every run, the mean and range over seeds, the Pareto front of the means.
 
     Args:
         found: runs by method and targets.
-        x: the other axis.
-        baseline: mean test accuracy of the float models, a fraction.
+        x: the axis across.
+        y: the axis up.
+        baseline: mean `y` of the float models.
     """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.1), layout="constrained")
         axes = figure.subplots()
-        known = [(g, a, b) for g in found if (a := g.spread(x)) and (b := g.spread(ACCURACY))]
+        known = [(g, a, b) for g in found if (a := g.spread(x)) and (b := g.spread(y))]
         colours = dict(zip(dict.fromkeys(g.method for g, _, _ in known), cycle(PALETTE), strict=False))
         for group, (mx, lx, hx), (my, ly, hy) in known:
             colour = colours[group.method]
-            axes.plot(group.values(x) or (), group.values(ACCURACY) or (), ".", color=colour, alpha=0.45, markersize=4)
+            axes.plot(group.values(x) or (), group.values(y) or (), ".", color=colour, alpha=0.45, markersize=4)
             if len(group.rows) > 1:
                 axes.errorbar(mx, my, [[my - ly], [hy - my]], [[mx - lx], [hx - mx]], color=colour, elinewidth=0.9)
             axes.plot(mx, my, "o", color=colour, markersize=5)
         means = [
-            (a[0], b[0]) for group in _on_front(found, x) if (a := group.spread(x)) and (b := group.spread(ACCURACY))
+            (a[0], b[0])
+            for group in (found[i] for i in mean_front(found, x, y))
+            if (a := group.spread(x)) and (b := group.spread(y))
         ]
         axes.plot(*zip(*means, strict=True), color=INK, linewidth=0.9, zorder=1, label="Pareto front of the means")
         for method, colour in colours.items():
             axes.plot([], [], "o", color=colour, markersize=5, label=method)
-        if baseline is not None:
-            axes.axhline(100 * baseline, color=INK, linestyle=":", linewidth=0.9, label="float")
+        axes.axhline(baseline, color=INK, linestyle=":", linewidth=0.9, label="float")
         if max(a[2] for _, a, _ in known) >= 10_000:
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.set(xlabel=x.label, ylabel=ACCURACY.label)
+        axes.set(xlabel=x.label, ylabel=y.label)
         figure.legend(loc="outside upper right", ncols=2 + len(colours))
         return figure
-
-
-def _on_front(found: Sequence[Group], x: Axis) -> list[Group]:
-    return [found[index] for index in mean_front(found, x, ACCURACY)]
 
 
 def heat_map(schemes: Mapping[str, Scheme]) -> Figure:

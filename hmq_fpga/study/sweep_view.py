@@ -78,14 +78,16 @@ def _stage_of(folder: Path) -> str:
 
 def _result(folder: Path) -> str:
     metrics = json.loads((folder / "run.json").read_text())["metrics"]
+    score = pareto.score_axis([metrics])
     exact = "bit-exact" if metrics["parity_passed"] else "[red]NOT bit-exact[/]"
-    return f"R_w {metrics['rw_actual']:.2f}  {metrics['qnet_accuracy']:.2%}  {exact}"
+    return f"R_w {metrics['rw_actual']:.2f}  {score.scale * metrics[score.key]:.4g}  {exact}"
 
 
 def sweep_summary(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Group:
     """The outcome of a sweep: seeds together, failures, where to look."""
     found, lut = pareto.groups(rows), pareto.lut_axis(rows)
-    axes = {pareto.RATE: ".2f", pareto.ACCURACY: ".2f", pareto.BOPS: ",.0f"} | ({lut: ",.0f"} if lut else {})
+    score = pareto.score_axis(rows)
+    axes = {pareto.RATE: ".2f", score: ".4g", pareto.BOPS: ",.0f"} | ({lut: ",.0f"} if lut else {})
     lines = [
         (
             *(escape(group.method), f"{group.rw:g}", f"{group.ra:g}", str(len(group.rows))),
@@ -100,7 +102,7 @@ def sweep_summary(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Group:
         "R_a",
         "seeds",
         "actual",
-        "accuracy %",
+        score.label.removeprefix("test "),
         "bits · MACs",
         *([lut.label] if lut else []),
         "parity",

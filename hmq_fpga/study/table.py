@@ -28,6 +28,7 @@ _METRICS = (
     "ebops",
     "qnet_digest",
 )
+_ERRORS = ("float_mse", "qnet_mse")  # of a regression
 RESOURCES = ("lut", "ff", "dsp", "bram", "carry", "latency_cycles", "ii")
 
 
@@ -60,8 +61,9 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     """One row per run, in the order of the grid; the same for the same runs, however they came about.
 
     Columns: `run` (folder, relative), `task`, `method`, `seed`, targets and actual rates, accuracies (fractions of
-    the test split), `parity_passed`, costs as in `run.json`, `<stage>_lut` … `<stage>_ii` for each stage in
-    `resources.json`, `state` (`done`, `failed` or `open`) and `error` (one line). Unknown is None.
+    the test split; of a regression the squared errors), `parity_passed`, costs as in `run.json`, `<stage>_lut` …
+    `<stage>_ii` for each stage in `resources.json`, `state` (`done`, `failed` or `open`) and `error` (one line).
+    Unknown is None.
     """
     sweep = read_sweep(folder)
     found = [_row(folder, run, sweep["errors"].get(run["folder"])) for run in sweep["runs"]]
@@ -95,8 +97,10 @@ def _row(folder: Path, run: Mapping[str, Any], error: str | None) -> dict[str, A
         "ra_target": config["ra"],
     }
     finished = None if error else _finished(folder / run["folder"], config)
-    row |= {key: (finished or {}).get("metrics", {}).get(key) for key in _METRICS}
+    metrics = finished["metrics"] if finished else {}
+    row |= {key: metrics.get(key) for key in _METRICS}
     if finished:
+        row |= {key: metrics[key] for key in _ERRORS if key in metrics}
         row |= dict(_resources(folder / run["folder"]))
     return row | {"state": "failed" if error else "done" if finished else "open", "error": error}
 

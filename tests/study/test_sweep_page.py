@@ -157,8 +157,22 @@ def test_live_table_says_what_is_done_and_what_is_at_work(tmp_path, capsys, monk
         view.ended(names[0], None)
         view.ended(names[2], "[bold]it broke")
     shown = capsys.readouterr().err
-    for words in ("2 of 4 runs", "R_w 8.00  95.00%  bit-exact", "[bold]it broke", "search"):
+    for words in ("2 of 4 runs", "R_w 8.00  95  bit-exact", "[bold]it broke", "search"):
         assert words in shown, words
+
+
+def test_regression_is_judged_by_its_error(browser, tmp_path):
+    folder = make_sweep(tmp_path / "sweep")
+    for path in folder.glob("hmq-*/run.json"):
+        record = json.loads(path.read_text())
+        record["metrics"] |= {"float_accuracy": None, "qnet_accuracy": None, "float_mse": 0.011, "qnet_mse": 0.0125}
+        path.write_text(json.dumps(record))
+    visit = Visit(browser, write_sweep_page(folder))
+    assert "test squared error" in visit.page.locator("table").first.inner_text()
+    assert "0.0125" in visit.page.locator("table").first.inner_text()
+    assert visit.circles().count() == 3
+    assert visit.said == []
+    assert table.write_table(folder)[0]["qnet_mse"] == 0.0125
 
 
 def test_damaged_sweep_is_named(tmp_path):
