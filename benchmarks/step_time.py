@@ -1,0 +1,220 @@
+"""What quantization adds to a training step: time and memory as ratios to the float network's.
+
+    python benchmarks/step_time.py --json --case mlp_b64
+
+The float step is `fit` on the user's own model, BatchNorm included; the search step is `find_scheme`'s, the fine-tuning
+step `finetune`'s: the loops of the package, timed from one call of the loss to the next. They take turns in one process,
+a block of steps each, and every turn gives one ratio; the table has the median and the quartiles of these. Memory is the
+highest sum of what PyTorch allocated and has not freed since the loop was entered, in the profiler's record of
+a few steps: gradients, optimizer state, activations and what the backward pass keeps; the model and the data are not in
+it. `plain` is a loop with nothing but the optimizer of PyTorch's defaults: it shows that `fit` is a fair yardstick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from hmq_fpga.ir.fixed import Fixed
+from hmq_fpga.ir.scheme import Scheme
+from hmq_fpga.ir.scheme import Tensor as SchemeTensor
+from hmq_fpga.search.instrument import instrument
+from hmq_fpga.search.methods import find_scheme
+from hmq_fpga.search.target import Target
+from hmq_fpga.search.train import BETAS, Budget, Task, finetune, fit
+from hmq_fpga.study.tasks import TASKS
+
+HERE = Path(__file__).parent
+FOREVER = 10**6  # steps that a loop plans for: it is stopped long before, and never evaluates
+WARM_UP = 3  # steps of a block that do not count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A network and its batches: steps of a block, and how many turns."""
+
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    batch: int
+    block: int
+    turns: int = 15
+    threads: int = 1
+
+
+def _peers_cnn() -> nn.Module:
+    layers: list[nn.Module] = []
+    for n, m, stride in ((1, 16, 1), (16, 16, 2), (16, 32, 2)):
+        layers += [nn.Conv2d(n, m, 3, stride=stride, padding=1), nn.BatchNorm2d(m), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 7 * 7, 10))
+
+
+_MLP, _CORES = TASKS["pendigits_mlp"].build, min(2, os.cpu_count() or 1)
+CASES = {
+    "mlp_b64": Case(build=_MLP, shape=(16,), batch=64, block=60),
+    "mlp_b1024": Case(build=_MLP, shape=(16,), batch=1024, block=30),
+    "cnn_b128": Case(build=_peers_cnn, shape=(1, 28, 28), batch=128, block=8, threads=_CORES),
+    "resnet8_b32": Case(
+        build=TASKS["resnet8_cifar"].build, shape=(3, 32, 32), batch=32, block=6, turns=9, threads=_CORES
+    ),
+    "resnet18_b32": Case(
+        build=TASKS["resnet18_cifar"].build, shape=(3, 32, 32), batch=32, block=2, turns=5, threads=_CORES
+    ),
+}
+
+
+class Enough(Exception):
+    """The block is over."""
+
+
+@dataclass
+class Clock:
+    """A loss that notes when it is called, and ends the loop after so many steps."""
+
+    steps: int
+    times: list[float] = field(default_factory=list)
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropy."""
+        if torch.is_grad_enabled():
+            self.times.append(time.perf_counter())
+            if len(self.times) > self.steps:
+                raise Enough
+        return F.cross_entropy(outputs, targets)
+
+    @property
+    def seconds(self) -> float:
+        """Of a step."""
+        times = self.times[WARM_UP:]
+        return statistics.median(b - a for a, b in pairwise(times))
+
+
+class Bench:
+    """The loops of one case."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        generator = torch.Generator().manual_seed(0)
+        n = 4 * case.batch
+        self.x = torch.rand(n, *case.shape, generator=generator)
+        self.y = torch.randint(10, (n,), generator=generator)
+        torch.manual_seed(0)
+        self.model = case.build()
+
+    def loops(self) -> dict[str, Callable[[Task], Any]]:
+        """Each ready to run on a task."""
+        float_model, plain_model = self.case.build(), self.case.build()
+        searched, tuned = (instrument(self.model, self.case.shape, input_signed=False) for _ in range(2))
+        eight_bits = [
+            SchemeTensor(name=s.name, kind=s.kind, size=s.size, format=Fixed(s.signed, 8, 7)) for s in tuned.sites
+        ]
+        tuned.set_scheme(Scheme(tuple(eight_bits), {}))
+        budget = Budget(search_steps=FOREVER, learning_rate=1e-4)
+        target = Target(weight_rate=8)
+        return {
+            "float": lambda task: fit(float_model, task, steps=FOREVER, learning_rate=1e-4, seed=0),
+            "search": lambda task: find_scheme(searched, task, budget, target),
+            "finetune": lambda task: finetune(tuned, task, steps=FOREVER, learning_rate=1e-4, seed=0),
+            "plain": lambda task: plain_loop(plain_model, task),
+        }
+
+    def block(self, loop: Callable[[Task], Any], steps: int) -> float:
+        """Seconds of a step of a loop."""
+        clock = Clock(steps)
+        small = slice(self.case.batch)
+        task = Task(
+            x_train=self.x,
+            y_train=self.y,
+            x_val=self.x[small],
+            y_val=self.y[small],
+            custom_loss=clock,
+            batch_size=self.case.batch,
+        )
+        try:
+            loop(task)
+        except Enough:
+            return clock.seconds
+        raise AssertionError("the loop ended by itself")
+
+    def peak(self, name: str) -> int:
+        """Bytes of a loop at their highest."""
+        loop = self.loops()[name]
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+            self.block(loop, WARM_UP + 2)
+        events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+        return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+def plain_loop(model: nn.Module, task: Task) -> None:
+    """Train as a beginner's tutorial does."""
+    optimizer = torch.optim.RAdam(model.parameters(), lr=1e-4, betas=BETAS)
+    while True:
+        for x, y in zip(task.x_train.split(task.batch_size), task.y_train.split(task.batch_size), strict=True):
+            loss = task.loss(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+
+def measure(case: Case, turns: int | None = None) -> dict[str, Any]:
+    """Ratios of a case."""
+    torch.set_num_threads(case.threads)
+    bench = Bench(case)
+    loops = bench.loops()
+    rounds = [
+        {name: bench.block(loop, WARM_UP + case.block) for name, loop in loops.items()}
+        for _ in range(turns or case.turns)
+    ]
+    peaks = {name: bench.peak(name) for name in ("float", "search", "finetune")}
+    result: dict[str, Any] = {"float_ms": 1e3 * statistics.median(r["float"] for r in rounds)}
+    for name in ("search", "finetune", "plain"):
+        ratios = sorted(r[name] / r["float"] for r in rounds)
+        low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        result |= {name: statistics.median(ratios), f"{name}_quartiles": [low, high]}
+    result["memory"] = peaks["search"] / peaks["float"]
+    result["memory_finetune"] = peaks["finetune"] / peaks["float"]
+    result["float_mib"] = peaks["float"] / 2**20
+    return {key: _rounded(value) for key, value in result.items()}
+
+
+def _rounded(value: Any) -> Any:
+    return [round(v, 3) for v in value] if isinstance(value, list) else round(value, 3)
+
+
+def main() -> None:
+    """Measure, and print JSON or a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", choices=CASES, action="append", help="one of them [all]")
+    parser.add_argument("--turns", type=int, help="blocks of each loop [the case's]")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    results = {name: measure(CASES[name], arguments.turns) for name in arguments.case or CASES}
+    print(json.dumps(results, indent=1) if arguments.json else table(results))  # noqa: T201
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = ["| case | search / float | fine-tuning / float | memory, search | memory, fine-tuning | float step, ms |"]
+    lines.append("|" + "---|" * 6)
+    for name, r in results.items():
+        times = " | ".join(
+            f"{r[k]:.2f} ({r[f'{k}_quartiles'][0]:.2f}–{r[f'{k}_quartiles'][1]:.2f})" for k in ("search", "finetune")
+        )
+        lines.append(f"| `{name}` | {times} | {r['memory']:.2f} | {r['memory_finetune']:.2f} | {r['float_ms']:.2f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
