@@ -15,7 +15,6 @@ from hmq_fpga.search.graph import QModel
 from hmq_fpga.search.quantizers import THRESHOLDS, Grid, fake_quantize, least_threshold_log2
 from hmq_fpga.search.train import Task
 
-BATCH = 1024
 SAMPLES = 512  # of the training set, for choosing thresholds by squared error
 
 
@@ -27,7 +26,7 @@ def max_thresholds_log2(model: QModel, task: Task) -> dict[str, int]:
     def observe(name: str, tensor: Tensor) -> None:
         largest[name] = max(largest.get(name, 0.0), float(tensor.abs().max()))
 
-    for batch in task.x_train.split(BATCH):
+    for batch in task.x_train.split(task.batch_size):
         model(batch, grids={}, observe=observe)
     return {site.name: least_threshold_log2(largest[site.name]) for site in model.sites}
 

@@ -271,7 +271,10 @@ class QModel(nn.Module):
                 return source
 
     def forward(
-        self, x: Tensor, grids: Mapping[str, Grid] | None = None, observe: Callable[[str, Tensor], None] | None = None
+        self,
+        x: Tensor,
+        grids: Mapping[str, Grid | Tensor] | None = None,
+        observe: Callable[[str, Tensor], None] | None = None,
     ) -> Tensor:
         """Output for `x`, `(batch, *input_shape)`.
 

@@ -20,11 +20,11 @@ INITIAL_SHARE = 0.9  # of the pair (largest threshold, largest bit-width) in the
 
 
 class Grid(NamedTuple):
-    """A uniform quantizer's step and smallest and largest level: scalars, floats or 0-d tensors."""
+    """A uniform quantizer's step and smallest and largest level."""
 
-    step: Any
-    lo: Any
-    hi: Any
+    step: float
+    lo: float
+    hi: float
 
     @classmethod
     def of(cls, format_: Fixed) -> Grid:
@@ -38,29 +38,30 @@ class Grid(NamedTuple):
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """`clip(step * round(x / step), lo, hi)`, with exact derivatives but for the rounding."""
+    """`clip(step * round(x / step), lo, hi)`, with exact derivatives but for the rounding.
+
+    Keeps `x`, which a layer before it keeps anyway, and computes the rest again; `grid` is (step, lo, hi).
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
-        ctx.save_for_backward(x, step, lo, hi)
-        return torch.minimum(torch.maximum(torch.round(x / step) * step, lo), hi)
+    def forward(ctx: Any, x: Tensor, grid: Tensor) -> Tensor:
+        ctx.save_for_backward(x, grid)
+        step, lo, hi = grid.unbind()
+        return torch.div(x, step).round_().mul_(step).clamp_(lo, hi)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, step, lo, hi = ctx.saved_tensors
-        scaled = x / step
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, grid = ctx.saved_tensors
+        step, lo, hi = grid.unbind()
+        scaled = torch.div(x, step)
         rounded = torch.round(scaled)
         level = rounded * step
         above, below = level > hi, level < lo
         inside = grad.masked_fill(above | below, 0)
-        grad_step = grad_lo = grad_hi = None
-        if ctx.needs_input_grad[1]:
-            grad_step = torch.dot(inside.flatten(), rounded.sub_(scaled).flatten())
-        if ctx.needs_input_grad[2]:
-            grad_lo = torch.dot(grad.flatten(), below.to(grad.dtype).flatten())
-        if ctx.needs_input_grad[3]:
-            grad_hi = torch.dot(grad.flatten(), above.to(grad.dtype).flatten())
-        return (inside if ctx.needs_input_grad[0] else None), grad_step, grad_lo, grad_hi
+        flat = grad.flatten()
+        by_step = torch.dot(inside.flatten(), rounded.sub_(scaled).flatten())
+        by_lo, by_hi = (torch.dot(flat, mask.to(grad.dtype).flatten()) for mask in (below, above))
+        return (inside if ctx.needs_input_grad[0] else None), torch.stack((by_step, by_lo, by_hi))
 
 
 class _FrozenQuantize(torch.autograd.Function):
@@ -79,16 +80,21 @@ class _FrozenQuantize(torch.autograd.Function):
         return grad * inside, None
 
 
-def fake_quantize(x: Tensor, grid: Grid) -> Tensor:
+def fake_quantize(x: Tensor, grid: Grid | Tensor) -> Tensor:
     """Quantize `x` of any shape to `grid` (Eq. 2–3, with the hardware's two's-complement clip).
+
+    `grid` is constant, or a tensor `(3,)` of step and smallest and largest level, which gets a gradient. Half
+    precision, as mixed-precision training makes it, is computed and returned in float32.
 
     Backward: straight-through for the rounding only. Gradient reaches every `x` whose rounded level lies within
     `lo … hi`, end levels included; with respect to the step it is `round(x / step) - x / step` there, and with
     respect to `lo` and `hi` it is one where `x` is clipped to them. By `lo = -t`, `hi = t - step` these are the
     exact derivatives with respect to the step and the threshold `t`.
     """
-    if isinstance(grid.step, Tensor):
-        return _FakeQuantize.apply(x, *grid)
+    if x.dtype.itemsize < 4:
+        x = x.float()
+    if isinstance(grid, Tensor):
+        return _FakeQuantize.apply(x, grid)
     return _FrozenQuantize.apply(x, grid)
 
 
@@ -104,9 +110,7 @@ class HMQ(nn.Module):
         bits: per tensor, B in ascending order.
     """
 
-    step_table: Tensor
-    lo_table: Tensor
-    hi_table: Tensor
+    table: Tensor
     widths: Tensor
 
     def __init__(
@@ -130,9 +134,8 @@ class HMQ(nn.Module):
             for s, m, tensor_bits in zip(self._signed, self._m, bits, strict=True)
         ]
         like_logits = {"dtype": self.logits.dtype, "device": self.logits.device}
-        grids = torch.tensor([[[Grid.of(f) for f in row] for row in block] for block in self.candidates], **like_logits)
-        for name, table in zip(("step_table", "lo_table", "hi_table"), grids.unbind(-1), strict=True):
-            self.register_buffer(name, table.contiguous(), persistent=False)
+        table = [[Grid.of(f) for row in block for f in row] for block in self.candidates]
+        self.register_buffer("table", torch.tensor(table, **like_logits), persistent=False)
         widths = torch.tensor(bits, **like_logits)
         self.register_buffer("widths", widths, persistent=False)
 
@@ -142,13 +145,12 @@ class HMQ(nn.Module):
         gumbel = -torch.empty_like(log_p).exponential_(generator=generator).log_()
         return torch.softmax((log_p + gumbel) / temperature, dim=1).view_as(self.logits)
 
-    def grids(self, p: Tensor) -> list[Grid]:
-        """Expected step and levels of each tensor under `p` (Eq. 5–6).
+    def grids(self, p: Tensor) -> tuple[Tensor, ...]:
+        """Expected step and levels of each tensor under `p`, `(3,)` each (Eq. 5–6).
 
-        `lo` and `hi` are linear in threshold and step, so these are `-t̂` and `t̂ - Δ̂`.
+        The levels are linear in threshold and step, so these are `-t̂` and `t̂ - Δ̂`.
         """
-        tables = ((p * table).sum((1, 2)).unbind() for table in (self.step_table, self.lo_table, self.hi_table))
-        return [Grid(*values) for values in zip(*tables, strict=True)]
+        return (p.flatten(1).unsqueeze(2) * self.table).sum(1).unbind()
 
     def expected_bits(self, p: Tensor) -> Tensor:
         """Expected bit-width of each tensor under `p`, `(tensors,)`."""

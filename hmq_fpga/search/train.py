@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -117,6 +117,31 @@ class Recorder:
         self.listener(step, steps, values)
 
 
+class FlatParameters:
+    """Parameters as parts of one vector, so that an optimizer's step is a few operations however many there are.
+
+    RAdam works element by element: training is that of the single parameters, also where one gets no gradient.
+    Afterwards `release` gives each its own storage back.
+
+    Attributes:
+        vector: what to give to the optimizer, whose `zero_grad` must keep the gradient: `set_to_none=False`.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._parameters = [p for p in parameters if p.requires_grad]
+        self.vector = nn.Parameter(torch.cat([p.detach().flatten() for p in self._parameters]))
+        self.vector.grad = torch.zeros_like(self.vector)
+        sizes = [p.numel() for p in self._parameters]
+        parts = zip(self.vector.detach().split(sizes), self.vector.grad.split(sizes), strict=True)
+        for parameter, (value, grad) in zip(self._parameters, parts, strict=True):
+            parameter.data, parameter.grad = value.view_as(parameter), grad.view_as(parameter)
+
+    def release(self) -> None:
+        """End the sharing; the values stay."""
+        for parameter in self._parameters:
+            parameter.data, parameter.grad = parameter.data.clone(), None
+
+
 def batches(task: Task, steps: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
     """`steps` training batches, reshuffled each epoch; a last short batch is left out."""
     n, size = len(task.x_train), min(task.batch_size, len(task.x_train))
@@ -165,14 +190,15 @@ def fit(
     Raises:
         FloatingPointError: when the loss is no longer finite.
     """
-    optimizer = torch.optim.RAdam(model.parameters(), lr=learning_rate, betas=BETAS)
+    flat = FlatParameters(model.parameters())
+    optimizer = torch.optim.RAdam([flat.vector], lr=learning_rate, betas=BETAS)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     recorder = Recorder(listener)
     every = max(steps // 50, 1)
     model.train()
     for step, (x, y) in enumerate(batches(task, steps, torch.Generator().manual_seed(seed)), 1):
         loss = task.loss(model(x), y)
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)
         (loss if penalty is None else loss + penalty(step - 1, steps)).backward()
         optimizer.step()
         schedule.step()
@@ -180,6 +206,7 @@ def fit(
             model.eval()
             recorder(step, steps, {"epoch": task.epoch(step), "loss": finite(loss), **evaluate(model, task)})
             model.train()
+    flat.release()
     model.eval()
     return recorder.history
 

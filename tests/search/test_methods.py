@@ -13,7 +13,7 @@ from hmq_fpga.search.instrument import instrument
 from hmq_fpga.search.methods import METHODS, find_scheme
 from hmq_fpga.search.methods.hmq import HmqOptions, Schedule
 from hmq_fpga.search.target import Target, cheapest_bits, meets
-from hmq_fpga.search.train import Budget, Recorder, evaluate, finetune, fit
+from hmq_fpga.search.train import Budget, FlatParameters, Recorder, evaluate, finetune, fit
 
 
 def instrumented(mlp, digits):
@@ -155,3 +155,21 @@ def test_listener_hears_what_is_recorded(mlp, digits):
     assert [step for step, _, _ in heard] == history["step"]
     assert heard[-1][:2] == (60, 60)
     assert set(Recorder().history) == set()
+
+
+def test_parameters_in_one_vector_train_as_single_ones(mlp, digits):
+    """Against PyTorch's optimizer on the parameters themselves, with a layer that gets no gradient."""
+    model = torch.nn.ModuleDict({"used": copy.deepcopy(mlp), "unused": torch.nn.Linear(2, 2)})
+    oracle = copy.deepcopy(model)
+    flat = FlatParameters(model.parameters())
+    vector_optimizer = torch.optim.RAdam([flat.vector], lr=1e-2)
+    optimizer = torch.optim.RAdam(oracle.parameters(), lr=1e-2)
+    for x in digits.x_train[:640].split(64):
+        for net, opt in ((model, vector_optimizer), (oracle, optimizer)):
+            opt.zero_grad(set_to_none=net is oracle)
+            net["used"](x).square().mean().backward()
+            opt.step()
+    flat.release()
+    for ours, expected in zip(model.parameters(), oracle.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
+        assert ours.untyped_storage().nbytes() == 4 * ours.numel()

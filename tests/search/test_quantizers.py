@@ -16,8 +16,16 @@ FORMATS = [
 ]
 
 
-def grid_of(step: torch.Tensor, threshold: torch.Tensor, signed: bool) -> Grid:
-    return Grid(step, -threshold if signed else torch.zeros_like(threshold), threshold - step)
+def grid_of(step: torch.Tensor, threshold: torch.Tensor, signed: bool) -> torch.Tensor:
+    return torch.stack((step, -threshold if signed else torch.zeros_like(threshold), threshold - step))
+
+
+def plain(x: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+    """The quantizer as autograd differentiates it: the oracle of the fused one."""
+    step, lo, hi = grid.unbind()
+    scaled = x / step
+    level = (scaled + (torch.round(scaled) - scaled).detach()) * step
+    return torch.where(level > hi, hi, torch.where(level < lo, lo, level))
 
 
 @pytest.mark.parametrize("format_", FORMATS, ids=str)
@@ -27,7 +35,7 @@ def test_fake_quantize_is_the_format(format_):
     x = np.concatenate([x, ties]).astype(np.float32)
     expected = format_.decode(format_.encode(x))
     frozen = Grid.of(format_)
-    trained = Grid(*(torch.tensor(v) for v in frozen))
+    trained = torch.tensor(frozen)
     for grid in (frozen, trained):
         np.testing.assert_array_equal(fake_quantize(torch.from_numpy(x), grid).numpy(), expected)
 
@@ -56,10 +64,43 @@ def test_gradients_of_step_and_threshold(signed):
     assert float(threshold.grad) == pytest.approx(by_threshold, abs=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(7,), (64, 16), (4, 3, 5, 6)])
+@pytest.mark.parametrize("signed", [True, False])
+def test_fused_quantizer_equals_the_plain_one(shape, signed):
+    """Values and all gradients; the upstream gradient's layout does not matter."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    step, threshold = torch.tensor(0.21, requires_grad=True), torch.tensor(1.3, requires_grad=True)
+    upstream = torch.randn(shape, generator=torch.Generator().manual_seed(1)).t() if len(shape) == 2 else None
+    results = []
+    for quantize in (fake_quantize, plain):
+        y = quantize(x, grid_of(step, threshold, signed))
+        loss = y.sum() if upstream is None else (y.t() * upstream).sum()
+        results.append((y, *torch.autograd.grad(loss, (x, step, threshold))))
+    for ours, oracle in zip(*results, strict=True):
+        torch.testing.assert_close(ours, oracle, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_mixed_precision_does_not_touch_the_quantizer(trained):
+    """A bfloat16 tensor is quantized as its float32 values are, and to float32."""
+    format_ = Fixed.from_threshold(signed=True, bits=8, threshold_log2=2)
+    grid = torch.tensor(Grid.of(format_)) if trained else Grid.of(format_)
+    x, weight = torch.linspace(-5, 5, 1000).reshape(100, 10), torch.eye(10)
+    blocks = HMQ([True], [0], [(2, 4)])
+    p = blocks.sample(1.0, torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = x @ weight
+        quantized, (expected,) = fake_quantize(low, grid), blocks.grids(p)
+    assert low.dtype == torch.bfloat16
+    assert quantized.dtype == expected.dtype == torch.float32
+    np.testing.assert_array_equal(quantized.numpy(), format_.decode(format_.encode(low.float().numpy())))
+    torch.testing.assert_close(expected, blocks.grids(p)[0], rtol=0, atol=0)
+
+
 def test_gradient_passes_at_the_end_levels_and_stops_beyond():
     format_ = Fixed.from_threshold(signed=True, bits=2, threshold_log2=0)  # levels -1, -0.5, 0, 0.5
     x = torch.tensor([-2.0, -1.2, -1.0, 0.1, 0.5, 0.7, 0.8, 3.0], requires_grad=True)
-    for grid in (Grid.of(format_), Grid(*(torch.tensor(v) for v in Grid.of(format_)))):
+    for grid in (Grid.of(format_), torch.tensor(Grid.of(format_))):
         (gradient,) = torch.autograd.grad(fake_quantize(x, grid).sum(), x)
         assert gradient.tolist() == [0, 1, 1, 1, 1, 1, 0, 0]
 
@@ -83,9 +124,8 @@ def test_expected_grid_is_the_papers():
     thresholds = torch.tensor([2.0 ** (2 - k) for k in range(9)])
     steps = torch.tensor([[2.0 ** (2 - k + 1 - b) for b in (2, 4, 8)] for k in range(9)])
     expected_threshold, expected_step = (p[0].sum(1) * thresholds).sum(), (p[0] * steps).sum()
-    torch.testing.assert_close(grid.step, expected_step)
-    torch.testing.assert_close(grid.lo, -expected_threshold)
-    torch.testing.assert_close(grid.hi, expected_threshold - expected_step)
+    expected = torch.stack((expected_step, -expected_threshold, expected_threshold - expected_step))
+    torch.testing.assert_close(grid, expected)
 
 
 def test_joint_distribution():

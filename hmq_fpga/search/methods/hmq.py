@@ -21,7 +21,7 @@ from hmq_fpga.search.calibrate import least_error_format, max_thresholds_log2, s
 from hmq_fpga.search.graph import QModel
 from hmq_fpga.search.quantizers import HMQ, Grid
 from hmq_fpga.search.target import Target, activation_sites, cheapest_bits, meets, rate, weight_sites
-from hmq_fpga.search.train import BETAS, Budget, History, Listener, Recorder, Task, batches, finite
+from hmq_fpga.search.train import BETAS, Budget, FlatParameters, History, Listener, Recorder, Task, batches, finite
 
 CYCLES = 6
 RISING_CYCLES = 4  # the targets reach their final values at the start of this one
@@ -112,6 +112,7 @@ def hmq(
     limits = max_thresholds_log2(model, task)
     weights, activations = weight_sites(model), activation_sites(model)
     sizes = torch.tensor([float(site.size) for site in weights], device=task.x_train.device)
+    float_bits = FLOAT_BITS * float(sizes.sum())
 
     def bank(sites: list[Any], bits: list[tuple[int, ...]]) -> HMQ:
         blocks = HMQ([s.signed for s in sites], [limits[s.name] for s in sites], bits)
@@ -125,11 +126,12 @@ def hmq(
     activation_blocks = bank(activations, activation_bits(0))
     names = [site.name for site in (*weights, *activations)]
     logit_rate = options.logit_learning_rate or _logit_learning_rate(weight_blocks, steps)
-    logits = [weight_blocks.logits, activation_blocks.logits]
+    flat = FlatParameters(model.parameters())
+    flat_logits = FlatParameters([weight_blocks.logits, activation_blocks.logits])
     optimizer = torch.optim.RAdam(
         [
-            {"params": list(model.parameters()), "lr": budget.learning_rate},
-            {"params": logits, "lr": logit_rate},
+            {"params": [flat.vector], "lr": budget.learning_rate},
+            {"params": [flat_logits.vector], "lr": logit_rate},
         ],
         betas=BETAS,
     )
@@ -146,9 +148,9 @@ def hmq(
         outputs = model(x, dict(zip(names, grids, strict=True)))
         task_loss = task.loss(outputs, y)
         under = p if options.expected_bits == "gumbel" else weight_blocks.probabilities()
-        expected_rate = FLOAT_BITS * sizes.sum() / (weight_blocks.expected_bits(under) * sizes).sum()
+        expected_rate = float_bits / (weight_blocks.expected_bits(under) * sizes).sum()
         missed = torch.relu(weight_rate - expected_rate) / weight_rate
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)
         (task_loss + options.penalty * missed.square()).backward()
         optimizer.step()
         if step % every == 0 or step == steps - 1:
@@ -166,6 +168,7 @@ def hmq(
                     "temperature": temperature,
                 },
             )
+    flat.release()
     model.eval()
     formats = dict(zip(names, [*weight_blocks.chosen(), *activation_blocks.chosen()], strict=True))
     found_by: dict[str, Any] = {"method": "hmq", "logit_learning_rate": logit_rate}
