@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -40,44 +41,33 @@ class Grid(NamedTuple):
 class _FakeQuantize(torch.autograd.Function):
     """`clip(step * round(x / step), lo, hi)`, with exact derivatives but for the rounding.
 
-    Keeps `x`, which a layer before it keeps anyway, and computes the rest again; `grid` is (step, lo, hi).
+    Keeps `x`, which the layer before it keeps anyway, and computes the rest again. `trained` is the grid as a
+    tensor, or None for constants. Comparisons that make booleans cost several times what fused kernels on floats do.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, grid: Tensor) -> Tensor:
-        ctx.save_for_backward(x, grid)
-        step, lo, hi = grid.unbind()
-        return torch.div(x, step).round_().mul_(step).clamp_(lo, hi)
+    def forward(ctx: Any, x: Tensor, trained: Tensor | None, grid: Grid) -> Tensor:  # noqa: ARG004
+        ctx.save_for_backward(x)
+        ctx.grid = grid
+        return torch.div(x, grid.step).round_().mul_(grid.step).clamp_(grid.lo, grid.hi)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, grid = ctx.saved_tensors
-        step, lo, hi = grid.unbind()
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (x,) = ctx.saved_tensors
+        step, lo, hi = ctx.grid
         scaled = torch.div(x, step)
         rounded = torch.round(scaled)
         level = rounded * step
-        above, below = level > hi, level < lo
-        inside = grad.masked_fill(above | below, 0)
-        flat = grad.flatten()
-        by_step = torch.dot(inside.flatten(), rounded.sub_(scaled).flatten())
-        by_lo, by_hi = (torch.dot(flat, mask.to(grad.dtype).flatten()) for mask in (below, above))
-        return (inside if ctx.needs_input_grad[0] else None), torch.stack((by_step, by_lo, by_hi))
-
-
-class _FrozenQuantize(torch.autograd.Function):
-    """The same with constants: saves one byte per element."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, grid: Grid) -> Tensor:
-        level = torch.round(x / grid.step).mul_(grid.step)
-        clipped = level.clamp(grid.lo, grid.hi)
-        ctx.save_for_backward(level == clipped)
-        return clipped
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (inside,) = ctx.saved_tensors
-        return grad * inside, None
+        real = np.float64 if x.dtype == torch.float64 else np.float32
+        below, above = (float(np.nextafter(real(end), real(to))) for end, to in ((lo, -np.inf), (hi, np.inf)))
+        inside = torch.ops.aten.hardtanh_backward(grad, level, below, above)  # strictly between them: ends included
+        by_grid = None
+        if ctx.needs_input_grad[1]:
+            outside = grad - inside
+            by_hi = torch.ops.aten.threshold_backward(outside, level, hi).sum()
+            by_step = torch.dot(inside.flatten(), rounded.sub_(scaled).flatten())
+            by_grid = torch.stack((by_step, outside.sum() - by_hi, by_hi))
+        return (inside if ctx.needs_input_grad[0] else None), by_grid, None
 
 
 def fake_quantize(x: Tensor, grid: Grid | Tensor) -> Tensor:
@@ -94,8 +84,8 @@ def fake_quantize(x: Tensor, grid: Grid | Tensor) -> Tensor:
     if x.dtype.itemsize < 4:
         x = x.float()
     if isinstance(grid, Tensor):
-        return _FakeQuantize.apply(x, grid)
-    return _FrozenQuantize.apply(x, grid)
+        return _FakeQuantize.apply(x, grid, Grid(*grid.tolist()))
+    return _FakeQuantize.apply(x, None, grid)
 
 
 class HMQ(nn.Module):
