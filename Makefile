@@ -5,11 +5,12 @@ READY := .venv/.ready
 CXX_PROGRAM = $(or $(HMQ_FPGA_GXX),g++)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean compiler simulator browser
+.PHONY: help demo bench test lint format clean compiler simulator browser
 
 help:
 	@echo "make demo    train, quantize, convert and verify a small network; ends with a report page"
 	@echo "make test    all checks and all tests"
+	@echo "make bench   what quantization adds to a training step, as ratios; takes minutes"
 	@echo "make lint    format, style, types and borders between the folders"
 	@echo "make format  mend format and style where a program can"
 	@echo "make clean   remove the environment and all caches; results in hls_projects/ stay"
@@ -20,6 +21,13 @@ demo: compiler $(READY)
 # A file's tests stay in one process, since they share what they compile.
 test: compiler simulator browser lint
 	$(BIN)/pytest -n 2 --dist loadfile
+
+bench: $(READY)
+	mkdir -p build
+	$(BIN)/python benchmarks/step_time.py --json > build/step_time.json
+	$(BIN)/python benchmarks/step_time.py --table build/step_time.json
+	$(BIN)/python benchmarks/authors_step.py mlp_b64
+	$(BIN)/python benchmarks/authors_step.py cnn_b128
 
 lint: $(READY)
 	$(BIN)/ruff check

@@ -8,6 +8,8 @@ one call of the loss to the next. `fit` is the package's loop on the same float 
 a block of steps each, and every turn gives one ratio; the table has the median and the quartiles of these. Memory is
 the highest sum of what PyTorch allocated and has not freed since the loop was entered, in the profiler's record of a
 few steps: gradients, optimizer state, activations and what the backward pass keeps; model and data are not in it.
+
+Times are processor time: on a machine that is shared, elapsed time is unfair to the longer step, which is interrupted.
 """
 
 from __future__ import annotations
@@ -37,7 +39,6 @@ from hmq_fpga.search.target import Target
 from hmq_fpga.search.train import BETAS, Budget, Task, finetune, fit
 from hmq_fpga.study.tasks import TASKS
 
-HERE = Path(__file__).parent
 FOREVER = 10**6  # steps that a loop plans for: it is stopped long before, and never evaluates
 WARM_UP = 3  # steps of a block that do not count
 
@@ -89,7 +90,7 @@ class Clock:
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Cross entropy."""
         if torch.is_grad_enabled():
-            self.times.append(time.perf_counter())
+            self.times.append(time.process_time())
             if len(self.times) > self.steps:
                 raise Enough
         return F.cross_entropy(outputs, targets)
@@ -201,7 +202,11 @@ def main() -> None:
     parser.add_argument("--turns", type=int, help="blocks of each loop [the case's]")
     parser.add_argument("--threads", type=int, help="of PyTorch [the case's: 1 for MLPs, else 2]")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--table", type=Path, help="measure nothing; the table of such a JSON file")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table(json.loads(arguments.table.read_text())))  # noqa: T201
+        return
     results = {name: measure(CASES[name], arguments.turns, arguments.threads) for name in arguments.case or CASES}
     print(json.dumps(results, indent=1) if arguments.json else table(results))  # noqa: T201
 
