@@ -21,6 +21,8 @@ demo: compiler $(READY)
 # A file's tests stay in one process, since they share what they compile.
 test: compiler simulator browser lint
 	$(BIN)/pytest -n 2 --dist loadfile
+	rm -rf notebooks/hls_projects
+	HMQ_FPGA_STEPS_SHARE=0.2 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --nbmake notebooks
 
 bench: $(READY)
 	mkdir -p build
