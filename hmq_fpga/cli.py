@@ -298,7 +298,8 @@ def _print(result: Mapping[str, Any] | list[Any] | None, as_json: bool, text: Ca
         return
     from rich.console import Console
 
-    Console(highlight=False, soft_wrap=True).print(text())
+    width = None if sys.stdout.isatty() else 1000  # a file's lines are not wrapped
+    Console(highlight=False, soft_wrap=True, width=width).print(text())
 
 
 def main() -> None:

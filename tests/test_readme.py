@@ -6,7 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-README = Path(__file__).parents[1] / "README.md"
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+PAGES = [*ROOT.glob("*.md"), ROOT / "hls_projects" / "README.md", *ROOT.glob("notebooks/*.ipynb")]
 
 
 def blocks(language):
@@ -38,3 +42,9 @@ def test_config_file(tmp_path):
     (tmp_path / "config.yaml").write_text(text)
     config = load_config(tmp_path / "config.yaml", {})
     assert (config.rw, config.bits, config.io_type) == (10, (2, 3, 4, 6, 8), "io_stream")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()) if not link.startswith("http")]
+    assert [link for link in links if not (page.parent / link).exists()] == []
