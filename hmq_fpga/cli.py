@@ -298,8 +298,13 @@ def _print(result: Mapping[str, Any] | list[Any] | None, as_json: bool, text: Ca
         return
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else 1000  # a file's lines are not wrapped
-    Console(highlight=False, soft_wrap=True, width=width).print(text())
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 1000)
+    if console.is_terminal:
+        console.print(text())
+        return
+    with console.capture() as printed:  # a file's lines are neither wrapped nor filled up with spaces
+        console.print(text())
+    click.echo("\n".join(line.rstrip() for line in printed.get().splitlines()))
 
 
 def main() -> None:
