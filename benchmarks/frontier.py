@@ -31,6 +31,11 @@ from hmq_fpga.study.data import channels_last
 from hmq_fpga.study.tasks import TASKS, training_task
 
 TASK = "pendigits_mlp"
+HERE = Path(__file__).parent
+# Test accuracy in % and Yosys LUTs of HGQ2 0.2.0 on the same data, by the same alkaid and Yosys: one run each
+HGQ2 = ((99.24, 17_198), (98.91, 9_041), (98.57, 3_893), (97.39, 4_633), (94.66, 2_128))
+UNIFORM = ((98.85, 35_368, "6w8a"), (98.94, 15_069, "4w6a"))
+SHOWN = (97.9, 99.5)  # accuracies in the figure
 
 
 def main() -> None:
@@ -60,7 +65,8 @@ def main() -> None:
             rows.append(key | _measure(**key))
             with arguments.rows.open("a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
-    (Path(__file__).parent / "frontier.md").write_text(_table(rows))
+    (HERE / "frontier.md").write_text(_table(rows))
+    _draw(rows, HERE / "frontier.svg")
 
 
 def _measure(*, rw: float, act_bits: int, zeros: float, steps: int, seed: int) -> dict[str, Any]:
@@ -114,6 +120,35 @@ def _table(rows: list[dict[str, Any]]) -> str:
             f"| {mean['yosys_lut']:,.0f} / {mean['yosys_carry']:,.0f} / {mean['yosys_ff']:,.0f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy against Yosys LUTs, every run a dot, beside HGQ2, fixed bit-widths and the plain search."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    if (estimates := HERE / "estimates.json").exists():
+        plain = [row for row in json.loads(estimates.read_text()) if row["task"] == TASK]
+        axes.plot(*_points(plain, "yosys", "accuracy"), ".", label="hmq, 8-bit activations, R_w 4 … 15.5")
+    for zeros in sorted({row["zeros"] for row in rows}):
+        group = [row for row in rows if row["zeros"] == zeros]
+        share = f"{zeros:.0%} zeros" if zeros else "zeros off"
+        bits = group[0]["act_bits"]
+        axes.plot(*_points(group, "yosys_lut", "test"), "o", label=f"hmq, {bits}-bit activations, {share}")
+    shown = sorted((lut, test) for test, lut in HGQ2 if test > SHOWN[0])
+    axes.plot(*zip(*shown, strict=True), "k^--", label="HGQ2 0.2.0, bits per weight")
+    axes.plot([lut for _, lut, _ in UNIFORM], [test for test, _, _ in UNIFORM], "ks", label="fixed bit-widths")
+    for test, lut, name in UNIFORM:
+        axes.annotate(name, (lut, test), textcoords="offset points", xytext=(5, 5))
+    axes.set(xscale="log", xlabel="Yosys LUTs", ylabel="test accuracy, %", ylim=SHOWN)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, metadata={"Date": None})
+
+
+def _points(rows: list[dict[str, Any]], lut: str, accuracy: str) -> tuple[list[float], list[float]]:
+    return [row[lut] for row in rows], [100 * row[accuracy] for row in rows]
 
 
 if __name__ == "__main__":
