@@ -15,7 +15,7 @@ from hmq_fpga.ir.cost import Step, moments
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.ir.scheme import Kind, Scheme
-from hmq_fpga.search.quantizers import Grid, fake_quantize
+from hmq_fpga.search.quantizers import Grid, TrainedGrid, fake_quantize, fake_quantize_all
 
 INPUT = "input"
 
@@ -218,6 +218,16 @@ class QModel(nn.Module):
         pairs = zip(self.nodes, self.layers, strict=True)
         return {weight_site(node.name): layer.weight for node, layer in pairs if isinstance(layer, LINEAR_LAYERS)}
 
+    @property
+    def _parameters_by_site(self) -> dict[str, Tensor]:
+        pairs = [
+            (n.name, layer)
+            for n, layer in zip(self.nodes, self.layers, strict=True)
+            if isinstance(layer, LINEAR_LAYERS)
+        ]
+        weights = {weight_site(name): layer.weight for name, layer in pairs}
+        return weights | {_bias(name): layer.bias for name, layer in pairs}
+
     @cached_property
     def moments(self) -> list[dict[str, int]]:
         """How many values are held in the formats of which sites, whenever one was made: see `cost.moments`."""
@@ -273,7 +283,7 @@ class QModel(nn.Module):
     def forward(
         self,
         x: Tensor,
-        grids: Mapping[str, Grid | Tensor] | None = None,
+        grids: Mapping[str, Grid] | Mapping[str, TrainedGrid] | None = None,
         observe: Callable[[str, Tensor], None] | None = None,
     ) -> Tensor:
         """Output for `x`, `(batch, *input_shape)`.
@@ -284,6 +294,9 @@ class QModel(nn.Module):
             observe: called with the name and the unquantized tensor of the input and of every activation.
         """
         grids = self._grids if grids is None else grids
+        named = {name: tensor for name, tensor in self._parameters_by_site.items() if name in grids}
+        quantized = fake_quantize_all(list(named.values()), [grids[name] for name in named]) if named else ()
+        values = {**self._parameters_by_site, **dict(zip(named, quantized, strict=True))}
 
         def quantize(name: str, tensor: Tensor) -> Tensor:
             if observe:
@@ -294,14 +307,13 @@ class QModel(nn.Module):
         for node, layer in zip(self.nodes, self.layers, strict=True):
             sources = [tensors[name] for name in node.sources]
             if isinstance(layer, LINEAR_LAYERS):
-                weight, bias = layer.weight, layer.bias
-                if (grid := grids.get(weight_site(node.name))) is not None:
-                    weight = fake_quantize(weight, grid)
-                if (grid := grids.get(_bias(node.name))) is not None:
-                    bias = fake_quantize(bias, grid)
+                weight, bias = values[weight_site(node.name)], values[_bias(node.name)]
                 tensors[node.name] = _linear(layer, *sources, weight, bias)
             elif isinstance(layer, Activation):
-                tensors[node.name] = quantize(node.name, layer(*sources))
+                if layer.relu and layer.limit_log2 is None and node.name in grids and not observe:
+                    tensors[node.name] = fake_quantize(*sources, grids[node.name], relu=True)
+                else:
+                    tensors[node.name] = quantize(node.name, layer(*sources))
             else:
                 tensors[node.name] = layer(*sources)
         return tensors[self.nodes[-1].name]

@@ -6,6 +6,7 @@ Block for CNNs" (2020).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -38,61 +39,111 @@ class Grid(NamedTuple):
         return cls(step, -math.inf, math.inf)
 
 
-class _FakeQuantize(torch.autograd.Function):
-    """`clip(step * round(x / step), lo, hi)`, with exact derivatives but for the rounding.
+class TrainedGrid(NamedTuple):
+    """A grid that gets a gradient: a tensor `(3,)` of step and smallest and largest level, and its values."""
 
-    Keeps `x`, which the layer before it keeps anyway, and computes the rest again. `trained` is the grid as a
-    tensor, or None for constants. Comparisons that make booleans cost several times what fused kernels on floats do.
+    tensor: Tensor
+    values: Grid
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TrainedGrid:
+        """With the tensor's present values."""
+        return cls(tensor, Grid(*tensor.tolist()))
+
+
+def _ends(grid: Grid) -> tuple[float, float]:
+    """Between what numbers `x` has a rounded level within `lo … hi`, but for ties at the ends."""
+    if math.isinf(grid.hi):
+        return grid.lo, grid.hi
+    return (-(-grid.lo // grid.step) - 0.5) * grid.step, (grid.hi // grid.step + 0.5) * grid.step
+
+
+@functools.cache
+def _exact_ends(grid: Grid, dtype: torch.dtype) -> tuple[float, float]:
+    """The same with ties, which round to the even level: the first numbers of a type beyond the range."""
+    real = np.float64 if dtype == torch.float64 else np.float32
+    below, above = map(real, _ends(grid))
+    if grid.lo / grid.step % 2 == 0:
+        below = np.nextafter(below, real(-np.inf))
+    if grid.hi / grid.step % 2 == 0:
+        above = np.nextafter(above, real(np.inf))
+    return float(below), float(above)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """`clip(step * round(x / step), lo, hi)` of several tensors, with exact derivatives but for the rounding.
+
+    Backward compares `x`, which is kept anyway, with the ends of its range. Comparisons that make booleans cost
+    several times what fused kernels on floats do, and a sum of numbers on the device several times that of ours.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, trained: Tensor | None, grid: Grid) -> Tensor:  # noqa: ARG004
-        ctx.save_for_backward(x)
-        ctx.grid = grid
-        return torch.div(x, grid.step).round_().mul_(grid.step).clamp_(grid.lo, grid.hi)
+    def forward(ctx: Any, grids: Sequence[Grid], relu: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """`tensors` are the values; if the grids are trained, then their tensors."""
+        xs, trained = tensors[: len(grids)], tensors[len(grids) :]
+        ys = [torch.div(x, g.step).round_().mul_(g.step).clamp_(g.lo, g.hi) for x, g in zip(xs, grids, strict=True)]
+        ctx.save_for_backward(*xs, *(ys if trained else ()))
+        ctx.grids, ctx.relu = grids, relu
+        return tuple(ys)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (x,) = ctx.saved_tensors
-        step, lo, hi = ctx.grid
-        scaled = torch.div(x, step)
-        rounded = torch.round(scaled)
-        level = rounded * step
-        real = np.float64 if x.dtype == torch.float64 else np.float32
-        below, above = (float(np.nextafter(real(end), real(to))) for end, to in ((lo, -np.inf), (hi, np.inf)))
-        inside = torch.ops.aten.hardtanh_backward(grad, level, below, above)  # strictly between them: ends included
-        by_grid = None
-        if ctx.needs_input_grad[1]:
-            outside = grad - inside
-            by_hi = torch.ops.aten.threshold_backward(outside, level, hi).sum()
-            by_step = torch.dot(inside.flatten(), rounded.sub_(scaled).flatten())
-            by_grid = torch.stack((by_step, outside.sum() - by_hi, by_hi))
-        return (inside if ctx.needs_input_grad[0] else None), by_grid, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        n, saved = len(grads), ctx.saved_tensors
+        xs, ys = saved[:n], saved[n:]
+        ends = [_ends(g) if ys else _exact_ends(g, x.dtype) for g, x in zip(ctx.grids, xs, strict=True)]
+        passed = [
+            torch.ops.aten.hardtanh_backward(grad, x, max(below, 0.0) if ctx.relu else below, above)
+            for grad, x, (below, above) in zip(grads, xs, ends, strict=True)
+        ]
+        by_grids = []
+        for i, y in enumerate(ys):
+            x, grad, grid = xs[i], grads[i], ctx.grids[i]
+            residue = y - x
+            by_step = float(torch.dot(passed[i].flatten(), residue.flatten())) / grid.step
+            above = torch.ops.aten.threshold_backward.grad_input(grad, x, ends[i][1], grad_input=residue)
+            by_hi = float(above.sum())
+            by_lo = float(grad.sum()) - float(passed[i].sum()) - by_hi if grid.lo else 0.0
+            by_grids.append(torch.tensor((by_step, by_lo, by_hi), dtype=x.dtype, device=x.device))
+        return None, None, *passed, *by_grids
 
 
-def fake_quantize(x: Tensor, grid: Grid | Tensor) -> Tensor:
+def fake_quantize_all(xs: Sequence[Tensor], grids: Sequence[Grid] | Sequence[TrainedGrid]) -> tuple[Tensor, ...]:
+    """Quantize tensors of any shapes, each to its grid, as `fake_quantize` does one; the grids are of one kind."""
+    return _quantize(xs, grids, relu=False)
+
+
+def fake_quantize(x: Tensor, grid: Grid | TrainedGrid, *, relu: bool = False) -> Tensor:
     """Quantize `x` of any shape to `grid` (Eq. 2–3, with the hardware's two's-complement clip).
 
-    `grid` is constant, or a tensor `(3,)` of step and smallest and largest level, which gets a gradient. Half
-    precision, as mixed-precision training makes it, is computed and returned in float32.
+    `grid` is constant or gets a gradient. Half precision, as mixed-precision training makes it, is computed and
+    returned in float32. `relu`: quantize `relu(x)`, to a grid that begins at zero.
 
     Backward: straight-through for the rounding only. Gradient reaches every `x` whose rounded level lies within
     `lo … hi`, end levels included; with respect to the step it is `round(x / step) - x / step` there, and with
     respect to `lo` and `hi` it is one where `x` is clipped to them. By `lo = -t`, `hi = t - step` these are the
-    exact derivatives with respect to the step and the threshold `t`.
+    exact derivatives with respect to the step and the threshold `t`. No gradient is computed for a `lo` of zero.
     """
-    if x.dtype.itemsize < 4:
-        x = x.float()
-    if isinstance(grid, Tensor):
-        return _FakeQuantize.apply(x, grid, Grid(*grid.tolist()))
-    return _FakeQuantize.apply(x, None, grid)
+    return _quantize((x,), (grid,), relu=relu)[0]
+
+
+def _quantize(xs: Sequence[Tensor], grids: Sequence[Grid | TrainedGrid], *, relu: bool) -> tuple[Tensor, ...]:
+    xs = [x.float() if x.dtype.itemsize < 4 else x for x in xs]
+    trained = [grid.tensor for grid in grids if isinstance(grid, TrainedGrid)]
+    values = [grid.values if isinstance(grid, TrainedGrid) else grid for grid in grids]
+    return _FakeQuantize.apply(values, relu, *xs, *trained)
+
+
+def initial_gap(pairs: int) -> float:
+    """How far the first logit of a tensor is above each of the others, initially."""
+    return math.log(INITIAL_SHARE * (pairs - 1) / (1 - INITIAL_SHARE))
 
 
 class HMQ(nn.Module):
-    """The HMQ blocks of several tensors, evaluated in one batch.
+    """The HMQ blocks of all tensors of a network, evaluated in one batch.
 
-    One trainable logit per tensor and pair (threshold, bit-width): `logits` is `(tensors, thresholds, bit-widths)`.
-    The search space of each tensor is `{2^M, …, 2^(M-8)} x B`; all tensors of a bank have equally many candidates.
+    One trainable logit per tensor and pair: `logits` is `(tensors, pairs)`, by falling threshold, then rising
+    bit-width. The search space of each tensor is `{2^M, …, 2^(M-8)} x B`; where B is smaller than that of others,
+    the pairs that are missing have a logit of -inf.
 
     Args:
         signed: per tensor, whether its format is signed.
@@ -101,17 +152,20 @@ class HMQ(nn.Module):
     """
 
     table: Tensor
-    widths: Tensor
+    widths: Tensor  # of each pair, `(tensors, pairs)`
 
     def __init__(
         self, signed: Sequence[bool], max_threshold_log2: Sequence[int], bits: Sequence[Sequence[int]]
     ) -> None:
         super().__init__()
         self._signed, self._m = tuple(signed), tuple(max_threshold_log2)
-        pairs = THRESHOLDS * len(bits[0])
-        logits = torch.full((len(bits), THRESHOLDS, len(bits[0])), math.log((1 - INITIAL_SHARE) / (pairs - 1)))
-        logits[:, 0, -1] = math.log(INITIAL_SHARE)
-        self.logits = nn.Parameter(logits)
+        self._choices = max(len(b) for b in bits)
+        logits = torch.full((len(bits), THRESHOLDS, self._choices), -math.inf)
+        for tensor, b in zip(logits, bits, strict=True):
+            pairs = THRESHOLDS * len(b)
+            tensor[:, : len(b)] = math.log((1 - INITIAL_SHARE) / (pairs - 1))
+            tensor[0, len(b) - 1] += initial_gap(pairs)
+        self.logits = nn.Parameter(logits.flatten(1))
         self.set_bits(bits)
 
     def set_bits(self, bits: Sequence[Sequence[int]]) -> None:
@@ -124,37 +178,35 @@ class HMQ(nn.Module):
             for s, m, tensor_bits in zip(self._signed, self._m, bits, strict=True)
         ]
         like_logits = {"dtype": self.logits.dtype, "device": self.logits.device}
-        table = [[Grid.of(f) for row in block for f in row] for block in self.candidates]
-        self.register_buffer("table", torch.tensor(table, **like_logits), persistent=False)
-        widths = torch.tensor(bits, **like_logits)
-        self.register_buffer("widths", widths, persistent=False)
+        table = torch.zeros(len(bits), THRESHOLDS, self._choices, 4)
+        for tensor, block in zip(table, self.candidates, strict=True):
+            tensor[:, : len(block[0])] = torch.tensor([[(*Grid.of(f), f.width) for f in row] for row in block])
+        table = table.flatten(1, 2).to(**like_logits)
+        self.register_buffer("table", table[:, :, :3].contiguous(), persistent=False)
+        self.register_buffer("widths", table[:, :, 3].contiguous(), persistent=False)
 
     def sample(self, temperature: float, generator: torch.Generator | None = None) -> Tensor:
-        """One draw of the joint distribution over pairs, `(tensors, thresholds, bit-widths)` (Eq. 4)."""
-        log_p = torch.log_softmax(self.logits.flatten(1), dim=1)
-        gumbel = -torch.empty_like(log_p).exponential_(generator=generator).log_()
-        return torch.softmax((log_p + gumbel) / temperature, dim=1).view_as(self.logits)
+        """One draw of the joint distribution over pairs, `(tensors, pairs)` (Eq. 4)."""
+        minus_gumbel = torch.empty_like(self.logits).exponential_(generator=generator).log_()
+        return torch.softmax((self.logits - minus_gumbel) / temperature, dim=1)
 
-    def grids(self, p: Tensor) -> tuple[Tensor, ...]:
-        """Expected step and levels of each tensor under `p`, `(3,)` each (Eq. 5–6).
+    def grids(self, p: Tensor) -> list[TrainedGrid]:
+        """Expected step and levels of each tensor under `p` (Eq. 5–6).
 
         The levels are linear in threshold and step, so these are `-t̂` and `t̂ - Δ̂`.
         """
-        return (p.flatten(1).unsqueeze(2) * self.table).sum(1).unbind()
-
-    def expected_bits(self, p: Tensor) -> Tensor:
-        """Expected bit-width of each tensor under `p`, `(tensors,)`."""
-        return (p.sum(1) * self.widths).sum(1)
+        expected = (p.unsqueeze(2) * self.table).sum(1)
+        pairs = zip(expected.unbind(), expected.tolist(), strict=True)
+        return [TrainedGrid(tensor, Grid(*values)) for tensor, values in pairs]
 
     def probabilities(self) -> Tensor:
-        """The distribution over pairs without noise, `(tensors, thresholds, bit-widths)`."""
-        return torch.softmax(self.logits.flatten(1), dim=1).view_as(self.logits)
+        """The distribution over pairs without noise, `(tensors, pairs)`."""
+        return torch.softmax(self.logits, dim=1)
 
     def chosen(self) -> list[Fixed]:
         """The format of each tensor's most probable pair: what evaluation and phase two use."""
-        best = self.logits.flatten(1).argmax(1).tolist()
-        n_bits = self.logits.shape[2]
-        return [block[i // n_bits][i % n_bits] for block, i in zip(self.candidates, best, strict=True)]
+        best = self.logits.argmax(1).tolist()
+        return [block[i // self._choices][i % self._choices] for block, i in zip(self.candidates, best, strict=True)]
 
 
 def least_threshold_log2(maximum: float) -> int:

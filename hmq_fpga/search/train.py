@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -120,21 +120,42 @@ class Recorder:
 class FlatParameters:
     """Parameters as parts of one vector, so that an optimizer's step is a few operations however many there are.
 
-    RAdam works element by element: training is that of the single parameters, also where one gets no gradient.
-    Afterwards `release` gives each its own storage back.
+    RAdam works element by element: training is that of the single parameters, also where one gets no gradient. A
+    parameter that learns at `rate` times the optimizer's learning rate is in the vector divided by `rate`, while its
+    gradient there is its own. After training `release` gives each parameter its own storage back.
+
+    Args:
+        parameters: those that learn at the optimizer's rate.
+        faster: others, with the ratio of their learning rate to the optimizer's.
 
     Attributes:
-        vector: what to give to the optimizer, whose `zero_grad` must keep the gradient: `set_to_none=False`.
+        vector: what to give to the optimizer.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        self._parameters = [p for p in parameters if p.requires_grad]
-        self.vector = nn.Parameter(torch.cat([p.detach().flatten() for p in self._parameters]))
+    def __init__(self, parameters: Iterable[nn.Parameter], faster: Mapping[nn.Parameter, float] | None = None) -> None:
+        self._faster = dict(faster or {})
+        self._parameters = [p for p in parameters if p.requires_grad] + list(self._faster)
+        rates = [self._faster.get(p, 1.0) for p in self._parameters]
+        values = [(p.detach() / rate).flatten() for p, rate in zip(self._parameters, rates, strict=True)]
+        self.vector = nn.Parameter(torch.cat(values))
         self.vector.grad = torch.zeros_like(self.vector)
         sizes = [p.numel() for p in self._parameters]
-        parts = zip(self.vector.detach().split(sizes), self.vector.grad.split(sizes), strict=True)
-        for parameter, (value, grad) in zip(self._parameters, parts, strict=True):
-            parameter.data, parameter.grad = value.view_as(parameter), grad.view_as(parameter)
+        self._parts = self.vector.detach().split(sizes)
+        for parameter, value, grad in zip(self._parameters, self._parts, self.vector.grad.split(sizes), strict=True):
+            parameter.grad = grad.view_as(parameter)
+            if parameter not in self._faster:
+                parameter.data = value.view_as(parameter)
+
+    def step(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+        """One step of the optimizer along the gradient of `loss`."""
+        assert self.vector.grad is not None
+        self.vector.grad.zero_()
+        loss.backward()
+        optimizer.step()
+        for parameter, part in zip(reversed(self._parameters), reversed(self._parts), strict=True):
+            if parameter not in self._faster:
+                break
+            torch.mul(part.view_as(parameter), self._faster[parameter], out=parameter.data)
 
     def release(self) -> None:
         """End the sharing; the values stay."""
@@ -150,7 +171,7 @@ def batches(task: Task, steps: int, generator: torch.Generator) -> Iterator[tupl
         order = torch.randperm(n, generator=generator).to(task.x_train.device)
         for start in range(0, min(n - size + 1, (steps - done) * size), size):
             index = order[start : start + size]
-            yield task.x_train[index], task.y_train[index]
+            yield task.x_train.index_select(0, index), task.y_train.index_select(0, index)
             done += 1
 
 
@@ -198,9 +219,7 @@ def fit(
     model.train()
     for step, (x, y) in enumerate(batches(task, steps, torch.Generator().manual_seed(seed)), 1):
         loss = task.loss(model(x), y)
-        optimizer.zero_grad(set_to_none=False)
-        (loss if penalty is None else loss + penalty(step - 1, steps)).backward()
-        optimizer.step()
+        flat.step(optimizer, loss if penalty is None else loss + penalty(step - 1, steps))
         schedule.step()
         if step % every == 0 or step == steps:
             model.eval()

@@ -6,7 +6,15 @@ import torch
 
 from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.search.calibrate import least_error_format
-from hmq_fpga.search.quantizers import HMQ, Grid, fake_quantize, least_threshold_log2
+from hmq_fpga.search.quantizers import (
+    HMQ,
+    Grid,
+    TrainedGrid,
+    fake_quantize,
+    fake_quantize_all,
+    initial_gap,
+    least_threshold_log2,
+)
 
 FORMATS = [
     Fixed.from_threshold(signed=signed, bits=bits, threshold_log2=m)
@@ -16,13 +24,13 @@ FORMATS = [
 ]
 
 
-def grid_of(step: torch.Tensor, threshold: torch.Tensor, signed: bool) -> torch.Tensor:
-    return torch.stack((step, -threshold if signed else torch.zeros_like(threshold), threshold - step))
+def grid_of(step: torch.Tensor, threshold: torch.Tensor, signed: bool) -> TrainedGrid:
+    return TrainedGrid.of(torch.stack((step, -threshold if signed else torch.zeros_like(threshold), threshold - step)))
 
 
-def plain(x: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+def plain(x: torch.Tensor, grid: TrainedGrid) -> torch.Tensor:
     """The quantizer as autograd differentiates it: the oracle of the fused one."""
-    step, lo, hi = grid.unbind()
+    step, lo, hi = grid.tensor.unbind()
     scaled = x / step
     level = (scaled + (torch.round(scaled) - scaled).detach()) * step
     return torch.where(level > hi, hi, torch.where(level < lo, lo, level))
@@ -35,7 +43,7 @@ def test_fake_quantize_is_the_format(format_):
     x = np.concatenate([x, ties]).astype(np.float32)
     expected = format_.decode(format_.encode(x))
     frozen = Grid.of(format_)
-    trained = torch.tensor(frozen)
+    trained = TrainedGrid.of(torch.tensor(frozen))
     for grid in (frozen, trained):
         np.testing.assert_array_equal(fake_quantize(torch.from_numpy(x), grid).numpy(), expected)
 
@@ -68,8 +76,8 @@ def test_gradients_of_step_and_threshold(signed):
 @pytest.mark.parametrize("signed", [True, False])
 def test_fused_quantizer_equals_the_plain_one(shape, signed):
     """Values and all gradients; the upstream gradient's layout does not matter."""
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    step, threshold = torch.tensor(0.21, requires_grad=True), torch.tensor(1.3, requires_grad=True)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    step, threshold = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.21, 1.3))
     upstream = torch.randn(shape, generator=torch.Generator().manual_seed(1)).t() if len(shape) == 2 else None
     results = []
     for quantize in (fake_quantize, plain):
@@ -77,14 +85,58 @@ def test_fused_quantizer_equals_the_plain_one(shape, signed):
         loss = y.sum() if upstream is None else (y.t() * upstream).sum()
         results.append((y, *torch.autograd.grad(loss, (x, step, threshold))))
     for ours, oracle in zip(*results, strict=True):
-        torch.testing.assert_close(ours, oracle, rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(ours, oracle, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_gradients_at_ties_are_those_of_the_levels(signed):
+    """Constant grids, whose levels are exact: the ends of the range, where the even level is the nearest."""
+    for bits in (1, 2, 3, 8):
+        grid = Grid.of(Fixed.from_threshold(signed=signed, bits=bits, threshold_log2=1))
+        halves = torch.arange(grid.lo - 4 * grid.step, grid.hi + 4 * grid.step, grid.step / 2)
+        towards = [torch.nextafter(halves, torch.tensor(end)) for end in (-math.inf, math.inf)]
+        x = torch.cat((halves, *towards)).requires_grad_()
+        (gradient,) = torch.autograd.grad(fake_quantize(x, grid).sum(), x)
+        level = torch.round(x.detach() / grid.step) * grid.step
+        np.testing.assert_array_equal(gradient, ((level >= grid.lo) & (level <= grid.hi)).float())
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_relu_in_the_quantizer_is_relu_before_it(trained):
+    constant = Grid.of(Fixed.from_threshold(signed=False, bits=3, threshold_log2=0))
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    upstream = torch.randn(1000, generator=torch.Generator().manual_seed(1))
+    tensor = torch.tensor([0.13, 0, 0.9], requires_grad=True)
+    grid, sources = (TrainedGrid.of(tensor), (x, tensor)) if trained else (constant, (x,))
+    results = [
+        (y, *torch.autograd.grad((y * upstream).sum(), sources))
+        for y in (fake_quantize(x, grid, relu=True), fake_quantize(torch.relu(x), grid))
+    ]
+    for ours, oracle in zip(*results, strict=True):
+        np.testing.assert_array_equal(ours.detach(), oracle.detach())
+
+
+def test_several_tensors_at_once_are_each_by_itself():
+    shapes = ((7,), (5, 4), (2, 3, 3))
+    xs = [
+        torch.randn(shape, generator=torch.Generator().manual_seed(i), requires_grad=True)
+        for i, shape in enumerate(shapes)
+    ]
+    tensors = [torch.tensor([0.2 + 0.1 * i, -1.0, 0.8], requires_grad=True) for i in range(3)]
+    grids = [TrainedGrid.of(tensor) for tensor in tensors]
+    results = [
+        (*ys, *torch.autograd.grad(sum(y.square().sum() for y in ys), (*xs, *tensors)))
+        for ys in (fake_quantize_all(xs, grids), [fake_quantize(x, grid) for x, grid in zip(xs, grids, strict=True)])
+    ]
+    for ours, oracle in zip(*results, strict=True):
+        torch.testing.assert_close(ours, oracle, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("trained", [True, False])
 def test_mixed_precision_does_not_touch_the_quantizer(trained):
     """A bfloat16 tensor is quantized as its float32 values are, and to float32."""
     format_ = Fixed.from_threshold(signed=True, bits=8, threshold_log2=2)
-    grid = torch.tensor(Grid.of(format_)) if trained else Grid.of(format_)
+    grid = TrainedGrid.of(torch.tensor(Grid.of(format_))) if trained else Grid.of(format_)
     x, weight = torch.linspace(-5, 5, 1000).reshape(100, 10), torch.eye(10)
     blocks = HMQ([True], [0], [(2, 4)])
     p = blocks.sample(1.0, torch.Generator().manual_seed(0))
@@ -92,15 +144,15 @@ def test_mixed_precision_does_not_touch_the_quantizer(trained):
         low = x @ weight
         quantized, (expected,) = fake_quantize(low, grid), blocks.grids(p)
     assert low.dtype == torch.bfloat16
-    assert quantized.dtype == expected.dtype == torch.float32
+    assert quantized.dtype == expected.tensor.dtype == torch.float32
     np.testing.assert_array_equal(quantized.numpy(), format_.decode(format_.encode(low.float().numpy())))
-    torch.testing.assert_close(expected, blocks.grids(p)[0], rtol=0, atol=0)
+    assert expected.values == blocks.grids(p)[0].values
 
 
 def test_gradient_passes_at_the_end_levels_and_stops_beyond():
     format_ = Fixed.from_threshold(signed=True, bits=2, threshold_log2=0)  # levels -1, -0.5, 0, 0.5
     x = torch.tensor([-2.0, -1.2, -1.0, 0.1, 0.5, 0.7, 0.8, 3.0], requires_grad=True)
-    for grid in (Grid.of(format_), torch.tensor(Grid.of(format_))):
+    for grid in (Grid.of(format_), TrainedGrid.of(torch.tensor(Grid.of(format_)))):
         (gradient,) = torch.autograd.grad(fake_quantize(x, grid).sum(), x)
         assert gradient.tolist() == [0, 1, 1, 1, 1, 1, 0, 0]
 
@@ -123,21 +175,42 @@ def test_expected_grid_is_the_papers():
     (grid,) = blocks.grids(p)
     thresholds = torch.tensor([2.0 ** (2 - k) for k in range(9)])
     steps = torch.tensor([[2.0 ** (2 - k + 1 - b) for b in (2, 4, 8)] for k in range(9)])
-    expected_threshold, expected_step = (p[0].sum(1) * thresholds).sum(), (p[0] * steps).sum()
+    expected_threshold, expected_step = (p[0].view(9, 3).sum(1) * thresholds).sum(), (p[0].view(9, 3) * steps).sum()
     expected = torch.stack((expected_step, -expected_threshold, expected_threshold - expected_step))
-    torch.testing.assert_close(grid, expected)
+    torch.testing.assert_close(grid.tensor, expected)
+    assert grid.values == Grid(*grid.tensor.tolist())
 
 
 def test_joint_distribution():
     blocks = HMQ([True] * 2, [0, 0], [(2, 3, 4, 5, 6, 7, 8)] * 2)
     start = blocks.probabilities()
-    assert start[0, 0, -1].item() == pytest.approx(0.9)
-    assert start.sum((1, 2)).tolist() == pytest.approx([1, 1])
+    assert start[0, 6].item() == pytest.approx(0.9)
+    assert start.sum(1).tolist() == pytest.approx([1, 1])
     assert blocks.chosen()[0] == Fixed.from_threshold(signed=True, bits=8, threshold_log2=0)
     draws = torch.stack([blocks.sample(1.0, torch.Generator().manual_seed(i)) for i in range(400)])
-    assert draws.sum((2, 3)).flatten().tolist() == pytest.approx([1.0] * 800, abs=1e-5)
-    hits = (draws[:, 0].flatten(1).argmax(1) == 6).double().mean()  # the Gumbel-max trick samples from P
+    assert draws.sum(2).flatten().tolist() == pytest.approx([1.0] * 800, abs=1e-5)
+    hits = (draws[:, 0].argmax(1) == 6).double().mean()  # the Gumbel-max trick samples from P
     assert abs(hits - 0.9) < 4 * math.sqrt(0.9 * 0.1 / 400)
+
+
+def test_tensors_with_fewer_candidates():
+    """Their missing pairs are never drawn and never move."""
+    blocks = HMQ([True, False], [0, 2], [(2, 3, 4), (8,)])
+    assert torch.isfinite(blocks.logits).sum(1).tolist() == [27, 9]
+    assert [f.width for f in blocks.chosen()] == [4, 8]
+    p = blocks.sample(0.5, torch.Generator().manual_seed(0))
+    assert p.sum(1).tolist() == pytest.approx([1, 1])
+    assert (p * blocks.widths).sum(1)[1].item() == pytest.approx(8)
+    sum(grid.tensor.sum() for grid in blocks.grids(p)).backward()
+    assert (blocks.logits.grad[1].view(9, 3)[:, 1:] == 0).all()
+    optimizer = torch.optim.RAdam(blocks.parameters(), lr=0.1)
+    optimizer.step()
+    assert torch.isfinite(blocks.logits).sum(1).tolist() == [27, 9]
+    gaps = [
+        logits[logits.isfinite()].max() - logits[logits.isfinite()].min()
+        for logits in HMQ([True], [0], [(2, 8)]).logits
+    ]
+    assert gaps[0].item() == pytest.approx(initial_gap(18))
 
 
 def test_gradient_reaches_every_logit():

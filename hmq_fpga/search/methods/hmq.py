@@ -19,7 +19,7 @@ from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.ir.scheme import Scheme
 from hmq_fpga.search.calibrate import least_error_format, max_thresholds_log2, scheme_of
 from hmq_fpga.search.graph import QModel
-from hmq_fpga.search.quantizers import HMQ, Grid
+from hmq_fpga.search.quantizers import HMQ, THRESHOLDS, Grid, initial_gap
 from hmq_fpga.search.target import Target, activation_sites, cheapest_bits, meets, rate, weight_sites
 from hmq_fpga.search.train import BETAS, Budget, FlatParameters, History, Listener, Recorder, Task, batches, finite
 
@@ -111,50 +111,38 @@ def hmq(
     schedule = Schedule(steps=steps, target=target, options=options)
     limits = max_thresholds_log2(model, task)
     weights, activations = weight_sites(model), activation_sites(model)
-    sizes = torch.tensor([float(site.size) for site in weights], device=task.x_train.device)
+    sites = (*weights, *activations)
+    names = [site.name for site in sites]
+    sizes = torch.tensor([float(s.size) for s in weights] + [0.0] * len(activations), device=task.x_train.device)
     float_bits = FLOAT_BITS * float(sizes.sum())
 
-    def bank(sites: list[Any], bits: list[tuple[int, ...]]) -> HMQ:
-        blocks = HMQ([s.signed for s in sites], [limits[s.name] for s in sites], bits)
-        return blocks.to(task.x_train.device)
+    def bits(step: int) -> list[tuple[int, ...]]:
+        activation_bits = target.activation_bits(model, schedule.activation_rate(step))
+        return [target.bits] * len(weights) + [(activation_bits[site.name],) for site in activations]
 
-    def activation_bits(step: int) -> list[tuple[int, ...]]:
-        bits = target.activation_bits(model, schedule.activation_rate(step))
-        return [(bits[site.name],) for site in activations]
-
-    weight_blocks = bank(weights, [target.bits] * len(weights))
-    activation_blocks = bank(activations, activation_bits(0))
-    names = [site.name for site in (*weights, *activations)]
-    logit_rate = options.logit_learning_rate or _logit_learning_rate(weight_blocks, steps)
-    flat = FlatParameters(model.parameters())
-    flat_logits = FlatParameters([weight_blocks.logits, activation_blocks.logits])
-    optimizer = torch.optim.RAdam(
-        [
-            {"params": [flat.vector], "lr": budget.learning_rate},
-            {"params": [flat_logits.vector], "lr": logit_rate},
-        ],
-        betas=BETAS,
-    )
+    blocks = HMQ([s.signed for s in sites], [limits[s.name] for s in sites], bits(0)).to(task.x_train.device)
+    logit_rate = options.logit_learning_rate or _logit_learning_rate(len(target.bits), steps)
+    flat = FlatParameters(model.parameters(), faster={blocks.logits: logit_rate / budget.learning_rate})
+    optimizer = torch.optim.RAdam([flat.vector], lr=budget.learning_rate, betas=BETAS)
+    bits_of_pairs = (blocks.widths * sizes.unsqueeze(1)).flatten()
     recorder = Recorder(listener)
     noise = torch.Generator(task.x_train.device).manual_seed(seed)
     every = max(steps // (CYCLES * 25), 1)
     model.train()
     for step, (x, y) in enumerate(batches(task, steps, torch.Generator().manual_seed(seed))):
         if step and schedule.activation_rate(step) != schedule.activation_rate(step - 1):
-            activation_blocks.set_bits(activation_bits(step))
+            blocks.set_bits(bits(step))
         temperature, weight_rate = schedule.temperature(step), schedule.weight_rate(step)
-        p = weight_blocks.sample(temperature, noise)
-        grids = [*weight_blocks.grids(p), *activation_blocks.grids(activation_blocks.sample(temperature, noise))]
-        outputs = model(x, dict(zip(names, grids, strict=True)))
+        p = blocks.sample(temperature, noise)
+        outputs = model(x, dict(zip(names, blocks.grids(p), strict=True)))
         task_loss = task.loss(outputs, y)
-        under = p if options.expected_bits == "gumbel" else weight_blocks.probabilities()
-        expected_rate = float_bits / (weight_blocks.expected_bits(under) * sizes).sum()
-        missed = torch.relu(weight_rate - expected_rate) / weight_rate
-        optimizer.zero_grad(set_to_none=False)
-        (task_loss + options.penalty * missed.square()).backward()
-        optimizer.step()
+        under = p if options.expected_bits == "gumbel" else blocks.probabilities()
+        expected_bits = torch.dot(under.flatten(), bits_of_pairs)
+        expected_rate = float_bits / expected_bits.item()
+        pull = options.penalty * missed_rate_slope(expected_rate, weight_rate) / expected_bits.item()
+        flat.step(optimizer, task_loss + pull * expected_bits if pull else task_loss)
         if step % every == 0 or step == steps - 1:
-            chosen_bits = [f.width for f in weight_blocks.chosen()]
+            chosen_bits = [f.width for f in blocks.chosen()[: len(weights)]]
             recorder(
                 step + 1,
                 steps,
@@ -162,7 +150,7 @@ def hmq(
                     "epoch": task.epoch(step + 1),
                     "loss": finite(task_loss),
                     **task.accuracies("batch", outputs, y),
-                    "rate_expected": float(expected_rate.detach()),
+                    "rate_expected": expected_rate,
                     "rate_actual": rate(chosen_bits, [s.size for s in weights]),
                     "rate_target": weight_rate,
                     "temperature": temperature,
@@ -170,7 +158,7 @@ def hmq(
             )
     flat.release()
     model.eval()
-    formats = dict(zip(names, [*weight_blocks.chosen(), *activation_blocks.chosen()], strict=True))
+    formats = dict(zip(names, blocks.chosen(), strict=True))
     found_by: dict[str, Any] = {"method": "hmq", "logit_learning_rate": logit_rate}
     formats, repairs = _repair(model, task, target, formats, limits)
     if repairs:
@@ -180,13 +168,17 @@ def hmq(
     return model, scheme, recorder.history
 
 
-def _logit_learning_rate(blocks: HMQ, steps: int) -> float:
+def missed_rate_slope(expected: float, target: float) -> float:
+    """Derivative of Eq. 8's square of the missed share of R_w with respect to the logarithm of the expected bits."""
+    return 2 * max(1 - expected / target, 0.0) * expected / target
+
+
+def _logit_learning_rate(choices: int, steps: int) -> float:
     """A rate at which RAdam closes the initial gap in a third of a cycle: it moves a logit by about its rate a step.
 
     A much larger one saturates the distribution early and stops the search, a much smaller one never changes an argmax.
     """
-    gap = float(blocks.logits.detach().max() - blocks.logits.detach().min())
-    return gap / (steps / CYCLES / 3)
+    return initial_gap(THRESHOLDS * choices) / (steps / CYCLES / 3)
 
 
 def _repair(
