@@ -1,9 +1,10 @@
 """Fit the coefficients of `hmq_fpga.deploy.model_estimate` to traced networks, and test them on others.
 
-    python benchmarks/lut_model.py --networks 160
+    python benchmarks/lut_model.py --drawn 160 --trained build/estimates/*
 
-Networks are drawn at random: multilayer perceptrons and convolutional networks, each layer with its own weight and
-activation bits and its own share of zeros. Every other one is left out of the fit. Takes minutes.
+Some networks are drawn at random: multilayer perceptrons and convolutional networks, each layer with its own weight
+and activation bits and its own share of zeros; every other one is left out of the fit. Others are trained, those of
+finished sweeps: of these the fit sees the ones of seed 0. Takes minutes.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.ir.network import Conv, Dense, Flatten, Input, MaxPool, Op, QNet, Quantize
 
+FITTED_SEED = 0  # of trained networks
 MLPS = [(16, 64, 32, 32, 10), (16, 32, 16, 5), (64, 32, 10), (30, 20, 3), (196, 16, 10)]
 
 
@@ -74,21 +76,29 @@ def errors(actual: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
     ratio = predicted / actual
     low, median, high = np.percentile(ratio, [5, 50, 95])
     residual = np.sum((predicted - actual) ** 2) / np.sum((actual - actual.mean()) ** 2)
-    figures = {"median": median, "p5": low, "p95": high, "spread": np.log(ratio).std(), "r2": 1 - residual}
-    return {key: round(float(value), 4) for key, value in figures.items()}
+    figures = {
+        "networks": len(ratio),
+        "median": median,
+        "p5": low,
+        "p95": high,
+        "spread": np.log(ratio).std(),
+        "r2": 1 - residual,
+    }
+    return {"networks": len(ratio), **{key: round(float(value), 4) for key, value in figures.items()}}
 
 
 def main() -> None:
     """Trace, fit, test, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", type=int, default=160)
+    parser.add_argument("--drawn", type=int, default=160)
+    parser.add_argument("--trained", type=Path, nargs="*", default=[], help="folders of sweeps")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     rng = np.random.default_rng(arguments.seed)
     networks: list[QNet] = []
     traced: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        while len(networks) < arguments.networks:
+        while len(networks) < arguments.drawn:
             net = draw(rng)
             if size_estimate(net) > SIZE_LIMIT / 5:
                 continue
@@ -97,20 +107,29 @@ def main() -> None:
             except InvalidInput:  # too wide, or its output is constant
                 continue
             networks.append(net)
+    fitted = [i % 2 == 0 for i in range(len(networks))]
+    for file in sorted(file for sweep in arguments.trained for file in sweep.glob("*/rtl/rtl.json")):
+        run = file.parents[1]
+        networks.append(QNet.load(run / "qnet"))
+        stages = {entry["stage"]: entry for entry in json.loads((run / "resources.json").read_text())}
+        traced.append(stages["trace"]["lut"])
+        fitted.append(json.loads((run / "run.json").read_text())["seed"] == FITTED_SEED)
     actual = np.array(traced)
-    half = np.arange(len(networks)) % 2 == 0
+    seen = np.array(fitted)
+    drawn = np.arange(len(networks)) < arguments.drawn
 
     def predict(fit: np.ndarray) -> np.ndarray:
         return np.array([model_estimate.luts(net, fit) for net in networks])
 
-    found = least_squares(lambda fit: np.log(predict(fit) / actual)[half], model_estimate.FIT, loss="soft_l1").x
-    report = {
-        "networks": len(networks),
-        "luts": [int(actual.min()), int(np.median(actual)), int(actual.max())],
-        "fit": np.round(found, 4).tolist(),
-        "tested on the others": errors(actual[~half], predict(found)[~half]),
-        "current coefficients, all networks": errors(actual, predict(np.array(model_estimate.FIT))),
-    }
+    share = np.where(drawn, 1 / max(np.sum(seen & drawn), 1), 1 / max(np.sum(seen & ~drawn), 1)) ** 0.5  # alike in sum
+    found = least_squares(lambda fit: (share * np.log(predict(fit) / actual))[seen], model_estimate.FIT).x
+    report: dict[str, object] = {"luts": [int(actual.min()), int(np.median(actual)), int(actual.max())]}
+    report["fit"] = np.round(found, 4).tolist()
+    for name, fit in (("found", found), ("current", np.array(model_estimate.FIT))):
+        predicted = predict(fit)
+        for kind, group in (("drawn", drawn), ("trained", ~drawn)):
+            if (held_out := group & ~seen).any():
+                report[f"{name}, {kind}"] = errors(actual[held_out], predicted[held_out])
     print(json.dumps(report, indent=1))  # noqa: T201
 
 

@@ -30,6 +30,7 @@ def app() -> None:
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 folder = click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
 backend = click.option("--backend", type=click.Choice(["Vitis", "Vivado"]), help="hls4ml backend [Vitis].")
+device = click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where to train and search [cpu].")
 io_type = click.option("--io-type", type=click.Choice(["io_parallel", "io_stream"]), help="Style of the project.")
 
 
@@ -41,6 +42,7 @@ io_type = click.option("--io-type", type=click.Choice(["io_parallel", "io_stream
 @click.option("--method", help="Search method: hmq or uniform [hmq].")
 @click.option("--zeros", type=float, help="Share of zero weights to aim for, for less logic [off].")
 @click.option("--seed", type=int, help="Seed of everything random [0].")
+@device
 @click.option("--data", type=click.Path(path_type=Path), help="An .npz file, or a folder of such files.")
 @click.option("--weights", type=click.Path(path_type=Path), help="State dict of a trained model; no float training.")
 @backend
@@ -131,6 +133,7 @@ class _Lists(click.Command):
 @click.option("--seeds", type=int, multiple=True, help="Seeds [0].")
 @click.option("--max-act-bits", type=int, help="Upper bound on the bit-width of activations [8].")
 @click.option("--zeros", type=float, help="Share of zero weights to aim for, for less logic [off].")
+@device
 @click.option("--data", type=click.Path(path_type=Path), help="An .npz file, or a folder of such files.")
 @backend
 @io_type

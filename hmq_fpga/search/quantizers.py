@@ -186,9 +186,9 @@ class HMQ(nn.Module):
         self.register_buffer("widths", table[:, :, 3].contiguous(), persistent=False)
 
     def sample(self, temperature: float, generator: torch.Generator | None = None) -> Tensor:
-        """One draw of the joint distribution over pairs, `(tensors, pairs)` (Eq. 4)."""
-        minus_gumbel = torch.empty_like(self.logits).exponential_(generator=generator).log_()
-        return torch.softmax((self.logits - minus_gumbel) / temperature, dim=1)
+        """One draw of the joint distribution over pairs, `(tensors, pairs)` (Eq. 4); `generator` is the CPU's."""
+        minus_gumbel = torch.empty(self.logits.shape, dtype=self.logits.dtype).exponential_(generator=generator).log_()
+        return torch.softmax((self.logits - minus_gumbel.to(self.logits.device)) / temperature, dim=1)
 
     def grids(self, p: Tensor) -> list[TrainedGrid]:
         """Expected step and levels of each tensor under `p` (Eq. 5–6).

@@ -56,6 +56,7 @@ class RunConfig(BaseModel):
         method, options: search method and its options.
         zeros: share of zero weights to aim for, by larger thresholds and an L1 penalty while fine-tuning.
         seed: of initial weights, batches and noise.
+        device: where to train and search.
         data: file or folder in place of the task's own source.
         weights: file with the state dict of a model that is trained already: no float training unless `float_steps`
             says so.
@@ -80,6 +81,7 @@ class RunConfig(BaseModel):
     options: dict[str, Any] = Field(default_factory=dict)
     zeros: float | None = Field(None, gt=0, lt=1)
     seed: int = Field(0, ge=0)
+    device: Literal["cpu", "cuda"] = "cpu"
     data: Path | None = None
     weights: Path | None = None
     float_steps: int | None = Field(None, ge=0)
@@ -201,7 +203,8 @@ class _Run:
         self.budget = replace(task.budget, **steps)
         self.io_type = config.io_type or task.io_type
         self.batch_size, self.source = task.batch_size, task.source
-        self.training = training_task(dataset, task.batch_size)
+        require_device(config.device)
+        self.training = training_task(dataset, task.batch_size, config.device)
         torch.manual_seed(config.seed)
         self.model = task.build()
         if config.weights is not None:
@@ -253,6 +256,7 @@ class _Run:
     def stages(self) -> list[Stage]:
         config = self.config
         data = {"data": self.dataset.digest, "batch_size": self.batch_size, "seed": config.seed}
+        data |= {"device": config.device} if config.device != "cpu" else {}
         budget = self.budget
         searching = {
             "method": config.method,
@@ -321,21 +325,21 @@ class _Run:
         if budget.float_steps:
             torch.manual_seed(self.config.seed)
             fit(
-                self.model,
+                self.model.to(self.config.device),
                 self.training,
                 steps=budget.float_steps,
                 learning_rate=budget.float_learning_rate,
                 seed=self.config.seed,
                 listener=self.listener,
             )
-        torch.save(self.model.state_dict(), new / "float.pt")
+        torch.save(self.model.cpu().state_dict(), new / "float.pt")
         return {}
 
     def search(self, new: Path) -> dict[str, Any]:
         _load(self.model, self.folder / "float.pt")
         config = self.config
         model, scheme, history = find_scheme(
-            self.instrumented(),
+            self.instrumented().to(config.device),
             self.training,
             self.budget,
             self.target,
@@ -346,7 +350,7 @@ class _Run:
         )
         if config.zeros is not None:
             scheme = widen_thresholds(model, scheme, config.zeros)
-        torch.save(model.state_dict(), new / "search.pt")
+        torch.save(model.cpu().state_dict(), new / "search.pt")
         scheme.save(new / "scheme.json")
         write_json(new / "search.json", history)
         return {
@@ -357,7 +361,7 @@ class _Run:
         }
 
     def finetune(self, new: Path) -> dict[str, Any]:
-        model, zeros = self.quantized("search.pt"), self.config.zeros
+        model, zeros = self.quantized("search.pt").to(self.config.device), self.config.zeros
         history = finetune(
             model,
             self.training,
@@ -367,7 +371,7 @@ class _Run:
             penalty=None if zeros is None else ZeroPull(model, zeros),
             listener=self.listener,
         )
-        torch.save(model.state_dict(), new / "finetune.pt")
+        torch.save(model.cpu().state_dict(), new / "finetune.pt")
         write_json(new / "finetune.json", history)
         return {}
 
@@ -382,7 +386,7 @@ class _Run:
     def freeze(self, new: Path) -> dict[str, Any]:
         model = self.quantized("finetune.pt")
         net = freeze(model)
-        x = self.training.x_val
+        x = self.training.x_val.cpu()
         np.testing.assert_array_equal(
             run_codes(model, x, net.output_format), reference.run(net, channels_last(x.numpy()))
         )
@@ -483,6 +487,15 @@ def compare_again(folder: Path, data: Path | None = None) -> Parity:
     dataset = resolve(config.task).load(data or config.data)
     verilog = config.estimate == "rtl"
     return compare(folder, channels_last(dataset.x_test), dataset.classes_test, verilog=verilog)
+
+
+def require_device(device: str) -> None:
+    """Raise `InvalidInput` when this machine has no such device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InvalidInput(
+            f"device 'cuda': PyTorch {torch.__version__} finds no GPU; train on the CPU, or install a build of it "
+            "for your GPU"
+        )
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

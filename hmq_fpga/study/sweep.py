@@ -19,7 +19,7 @@ from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.search.methods import make_options
 from hmq_fpga.study import table
 from hmq_fpga.study.monitor import Bars
-from hmq_fpga.study.run import RunConfig, make_config, read_settings, run, train_baseline
+from hmq_fpga.study.run import RunConfig, make_config, read_settings, require_device, run, train_baseline
 from hmq_fpga.study.stages import check_ours
 from hmq_fpga.study.sweep_page import write_sweep_page
 from hmq_fpga.study.tasks import resolve
@@ -162,7 +162,10 @@ def sweep(
     runs = config.runs()
     for method in config.methods:
         make_options(method, config.settings.get("options", {}))
-    resolve(config.task).load(next(iter(runs.values())).data)  # once, before many processes look for it
+    first = next(iter(runs.values()))
+    resolve(config.task).load(first.data)  # once, before many processes look for it
+    if address is None and executor is None:
+        require_device(first.device)
     GXX.require()
     folder = config.folder
     check_ours(folder, table.SWEEP, "sweep")

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -302,12 +303,16 @@ def _function(file: Path, name: str) -> Callable[[], object]:
     return function
 
 
-def training_task(dataset: Dataset, batch_size: int) -> TrainingTask:
-    """The part of a data set that a search may see: its test split stays behind."""
+def training_task(dataset: Dataset, batch_size: int, device: str = "cpu") -> TrainingTask:
+    """The part of a data set that a search may see, on a device: its test split stays behind."""
+
+    def moved(array: np.ndarray[Any, Any]) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
     return TrainingTask(
-        x_train=torch.from_numpy(dataset.x_train),
-        y_train=torch.from_numpy(dataset.y_train),
-        x_val=torch.from_numpy(dataset.x_val),
-        y_val=torch.from_numpy(dataset.y_val),
+        x_train=moved(dataset.x_train),
+        y_train=moved(dataset.y_train),
+        x_val=moved(dataset.x_val),
+        y_val=moved(dataset.y_val),
         batch_size=batch_size,
     )

@@ -61,6 +61,7 @@ def bad_calls(tmp_path, data, own):
         "unknown setting": ([tmp_path / "bad.yaml"], "setting 'rate'"),
         "broken yaml": ([tmp_path / "worse.yaml"], "cannot be read"),
         "foreign folder": (["digits_mlp", "--out", tmp_path / "thesis"], "holds 'thesis.tex' but no run"),
+        "no GPU": (["digits_mlp", "--device", "cuda"], "device 'cuda': PyTorch"),
         "not a number": (["digits_mlp", "--rw", "high"], "not a valid float"),
         "unknown option": (["digits_mlp", "--rate", "8"], "No such option"),
     }
@@ -73,6 +74,7 @@ def files(folder):
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path, digits_file, own_model, monkeypatch, capsys, subtests):
     cases = bad_calls(tmp_path, digits_file, own_model)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     before = files(tmp_path)
     for name, (arguments, message) in cases.items():
         with subtests.test(name):
@@ -90,6 +92,7 @@ def bad_sweeps(tmp_path, data):
     (tmp_path / "thesis" / "thesis.tex").write_text("precious")
     return {
         "unknown task": (["digit_mlp"], "unknown task 'digit_mlp'"),
+        "no GPU": (["digits_mlp", "--device", "cuda"], "device 'cuda': PyTorch"),
         "not a number": (["digits_mlp", "--rw", "4", "high"], "'high' is not a valid float"),
         "no number": (["digits_mlp", "--seeds", "-1"], "No such option"),
         "unknown method": (["digits_mlp", "--methods", "hmq", "magic"], "there are hmq, uniform"),
@@ -103,6 +106,7 @@ def bad_sweeps(tmp_path, data):
 def test_bad_sweep_is_one_line_and_writes_nothing(tmp_path, digits_file, monkeypatch, capsys, subtests):
     cases = bad_sweeps(tmp_path, digits_file)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     before = files(tmp_path)
     for name, (arguments, message) in cases.items():
         with subtests.test(name):

@@ -126,7 +126,7 @@ def hmq(
     optimizer = torch.optim.RAdam([flat.vector], lr=budget.learning_rate, betas=BETAS)
     bits_of_pairs = (blocks.widths * sizes.unsqueeze(1)).flatten()
     recorder = Recorder(listener)
-    noise = torch.Generator(task.x_train.device).manual_seed(seed)
+    noise = torch.Generator().manual_seed(seed)
     every = max(steps // (CYCLES * 25), 1)
     model.train()
     for step, (x, y) in enumerate(batches(task, steps, torch.Generator().manual_seed(seed))):
