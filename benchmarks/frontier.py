@@ -1,6 +1,7 @@
 """Accuracy against logic on pendigits: narrow activations and zero weights at one R_w.
 
-    python benchmarks/frontier.py --zeros 0 0.5 0.6 0.7 --seeds 3
+    python benchmarks/frontier.py --zeros 0 0.6 0.65 0.7 0.75 0.8
+    python benchmarks/frontier.py --zeros 0 --rw 8 13 15.5 --act-bits 3 4 5 6
 
 Every network is written as Verilog, compared with the golden model on the whole test split, and synthesized by Yosys.
 Rows are appended to a JSON-lines file, and those already there are not repeated. Nothing is chosen by the test split: a
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +44,8 @@ def main() -> None:
     """Fill the rows and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--zeros", type=float, nargs="+", default=[0, 0.5, 0.6, 0.7])
-    parser.add_argument("--rw", type=float, default=13)
-    parser.add_argument("--act-bits", type=int, default=4)
+    parser.add_argument("--rw", type=float, nargs="+", default=[13])
+    parser.add_argument("--act-bits", type=int, nargs="+", default=[4])
     parser.add_argument("--steps", type=int, default=30_000, help="of fine-tuning")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rows", type=Path, default=Path("build/frontier.jsonl"))
@@ -51,20 +53,13 @@ def main() -> None:
     arguments.rows.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in arguments.rows.read_text().splitlines()] if arguments.rows.exists() else []
     torch.set_num_threads(1)
-    for seed in range(arguments.seeds):
-        for zeros in arguments.zeros:
-            key = {
-                "rw": arguments.rw,
-                "act_bits": arguments.act_bits,
-                "zeros": zeros,
-                "steps": arguments.steps,
-                "seed": seed,
-            }
-            if any(key.items() <= row.items() for row in rows):
-                continue
-            rows.append(key | _measure(**key))
-            with arguments.rows.open("a") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
+    for seed, rw, act_bits, zeros in product(range(arguments.seeds), arguments.rw, arguments.act_bits, arguments.zeros):
+        key = {"rw": rw, "act_bits": act_bits, "zeros": zeros, "steps": arguments.steps, "seed": seed}
+        if any(key.items() <= row.items() for row in rows):
+            continue
+        rows.append(key | _measure(**key))
+        with arguments.rows.open("a") as file:
+            file.write(json.dumps(rows[-1]) + "\n")
     (HERE / "frontier.md").write_text(_table(rows))
     _draw(rows, HERE / "frontier.svg")
 
