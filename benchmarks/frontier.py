@@ -11,8 +11,10 @@ row is what its settings and seed gave.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import tempfile
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,9 @@ import torch
 from hmq_fpga.deploy.parity import check
 from hmq_fpga.deploy.rtl import RtlProject
 from hmq_fpga.ir import cost
+from hmq_fpga.ir.scheme import Scheme
 from hmq_fpga.search.freeze import freeze
+from hmq_fpga.search.graph import QModel
 from hmq_fpga.search.instrument import instrument
 from hmq_fpga.search.methods import find_scheme
 from hmq_fpga.search.target import Target
@@ -64,16 +68,23 @@ def main() -> None:
     _draw(rows, HERE / "frontier.svg")
 
 
-def _measure(*, rw: float, act_bits: int, zeros: float, steps: int, seed: int) -> dict[str, Any]:
+@cache
+def _searched(rw: float, act_bits: int, seed: int) -> tuple[QModel, Scheme]:
     task = TASKS[TASK]
-    dataset = task.load(None)
-    training, budget = training_task(dataset, task.batch_size), task.budget
+    training, budget = training_task(task.load(None), task.batch_size), task.budget
     torch.manual_seed(seed)
     model = task.build()
     fit(model, training, steps=budget.float_steps, learning_rate=budget.float_learning_rate, seed=seed)
     quantized = instrument(model, training.input_shape, input_signed=training.input_signed)
     target = Target(weight_rate=rw, max_activation_bits=act_bits)
-    quantized, scheme, _ = find_scheme(quantized, training, budget, target, seed=seed)
+    return find_scheme(quantized, training, budget, target, seed=seed)[:2]
+
+
+def _measure(*, rw: float, act_bits: int, zeros: float, steps: int, seed: int) -> dict[str, Any]:
+    task = TASKS[TASK]
+    dataset = task.load(None)
+    training, budget = training_task(dataset, task.batch_size), task.budget
+    quantized, scheme = copy.deepcopy(_searched(rw, act_bits, seed))
     if zeros:
         scheme = widen_thresholds(quantized, scheme, zeros)
         quantized.set_scheme(scheme)
