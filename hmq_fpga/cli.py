@@ -49,6 +49,7 @@ io_type = click.option("--io-type", type=click.Choice(["io_parallel", "io_stream
 @io_type
 @click.option("--part", help="FPGA part of the project.")
 @click.option("--clock", "clock_ns", type=float, help="Clock period in ns [5].")
+@click.option("--latency-cutoff", type=float, help="Most delay between registers of the Verilog, in ns; 0: none [5].")
 @click.option("--reuse-factor", type=int, help="Multiplications per multiplier, in all layers [1].")
 @click.option(
     "--strategy",

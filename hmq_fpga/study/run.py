@@ -64,6 +64,8 @@ class RunConfig(BaseModel):
             model as the function returns it.
         backend, io_type, part, clock_ns, reuse_factor, strategy: of the hls4ml project.
         layers: reuse factor and strategy of single layers, by name.
+        latency_cutoff: of the Verilog: most delay between two registers, in ns of the tracer's own delay model; 0: no
+            registers.
         estimate: resources without vendor tools. `trace`: Verilog, and its tracer's own figures; `rtl`: also
             simulated by Verilator and synthesized by Yosys; `model`: LUTs by a fitted formula, no Verilog, which
             is also what a network gets that is too large to unroll; `none`.
@@ -94,6 +96,7 @@ class RunConfig(BaseModel):
     reuse_factor: int = Field(1, ge=1)
     strategy: Literal["Latency", "Resource", "distributed_arithmetic"] = "Latency"
     layers: dict[str, LayerSettings] = Field(default_factory=dict)
+    latency_cutoff: float = Field(5.0, ge=0)
     estimate: Literal["trace", "model", "rtl", "none"] = "trace"
     out: Path | None = None
 
@@ -305,7 +308,7 @@ class _Run:
             ),
             Stage(
                 name="rtl",
-                settings={"estimate": config.estimate, "part": config.part, "clock_ns": config.clock_ns},
+                settings={key: getattr(config, key) for key in ("estimate", "part", "clock_ns", "latency_cutoff")},
                 needs=("freeze",),
                 makes=(ESTIMATES,),
                 may_make=("rtl",),
@@ -445,7 +448,13 @@ class _Run:
             resources.append(model_estimate.estimate(net))
             try:
                 if config.estimate != "model":
-                    project = rtl.RtlProject.create(net, new / "rtl", part=config.part, clock_ns=config.clock_ns)
+                    project = rtl.RtlProject.create(
+                        net,
+                        new / "rtl",
+                        latency_cutoff=config.latency_cutoff or None,
+                        part=config.part,
+                        clock_ns=config.clock_ns,
+                    )
                     resources.append(project.trace_resources())
                     if config.estimate == "rtl":
                         resources.append(project.synthesize())

@@ -96,6 +96,28 @@ def test_finished_run_is_not_repeated(undisturbed, digits_file, own_model):
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
+def test_other_settings_of_the_verilog_repeat_only_what_they_touch(undisturbed, digits_file, own_model, tmp_path):
+    folder, record = undisturbed
+    again = tmp_path / "undisturbed"
+    shutil.copytree(folder, again)
+    done = subprocess.run(
+        command(again, digits_file, own_model, "--json", "--latency-cutoff", "0"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    stages = json.loads(done.stdout)["stages"]
+    repeated = {name for name in STAGES if stages[name] != record["stages"][name]}
+    assert repeated == {"rtl", "parity"}
+    cycles = [
+        {entry["stage"]: entry for entry in json.loads((run / "resources.json").read_text())}["trace"]["latency_cycles"]
+        for run in (folder, again)
+    ]
+    assert cycles[0] > 1
+    assert cycles[1] == 0
+
+
 def test_killed_in_every_stage_gives_the_same_network(undisturbed, digits_file, own_model, tmp_path):
     folder, killed = tmp_path / "killed", set()
     for stage in STAGES:
