@@ -73,8 +73,8 @@ def _exact_ends(grid: Grid, dtype: torch.dtype) -> tuple[float, float]:
 class _FakeQuantize(torch.autograd.Function):
     """`clip(step * round(x / step), lo, hi)` of several tensors, with exact derivatives but for the rounding.
 
-    Backward compares `x`, which is kept anyway, with the ends of its range. Comparisons that make booleans cost
-    several times what fused kernels on floats do, and a sum of numbers on the device several times that of ours.
+    Backward compares `x` with the ends of its range, by fused kernels on floats: comparisons that make booleans cost
+    several times as much. The few numbers of a grid's gradient are Python's, which adds them faster than tensors.
     """
 
     @staticmethod
