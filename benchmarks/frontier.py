@@ -129,19 +129,28 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 def _draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy against Yosys LUTs, every run a dot, beside HGQ2, fixed bit-widths and the plain search."""
+    """Accuracy against Yosys LUTs, every run a dot, lines through means, beside HGQ2 and fixed bit-widths."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
     if (estimates := HERE / "estimates.json").exists():
         plain = [row for row in json.loads(estimates.read_text()) if row["task"] == TASK]
         axes.plot(*_points(plain, "yosys", "accuracy"), ".", label="hmq, 8-bit activations, R_w 4 … 15.5")
-    for zeros in sorted({row["zeros"] for row in rows}):
-        group = [row for row in rows if row["zeros"] == zeros]
-        share = f"{zeros:.0%} zeros" if zeros else "zeros off"
-        bits = group[0]["act_bits"]
-        axes.plot(*_points(group, "yosys_lut", "test"), "o", label=f"hmq, {bits}-bit activations, {share}")
+    lines = sorted({(row["act_bits"], row["zeros"] > 0) for row in rows}, key=lambda line: (line[1], -line[0]))
+    for bits, zeros in lines:
+        group = [row for row in rows if (row["act_bits"], row["zeros"] > 0) == (bits, zeros)]
+        points = sorted({(row["rw"], row["zeros"]) for row in group})
+        means = [
+            [
+                np.mean(values)
+                for values in _points([r for r in group if (r["rw"], r["zeros"]) == point], "yosys_lut", "test")
+            ]
+            for point in points
+        ]
+        name = f"R_w {group[0]['rw']:g}, zeros asked" if zeros else "R_w " + ", ".join(f"{rw:g}" for rw, _ in points)
+        (line,) = axes.plot(*zip(*means, strict=True), "-", label=f"hmq, {bits}-bit activations, {name}")
+        axes.plot(*_points(group, "yosys_lut", "test"), ".", color=line.get_color())
     shown = sorted((lut, test) for test, lut in HGQ2 if test > SHOWN[0])
     axes.plot(*zip(*shown, strict=True), "k^--", label="HGQ2 0.2.0, bits per weight")
     axes.plot([lut for _, lut, _ in UNIFORM], [test for test, _, _ in UNIFORM], "ks", label="fixed bit-widths")
@@ -149,7 +158,7 @@ def _draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.annotate(name, (lut, test), textcoords="offset points", xytext=(5, 5))
     axes.set(xscale="log", xlabel="Yosys LUTs", ylabel="test accuracy, %", ylim=SHOWN)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="x-small", loc="lower right")
     figure.savefig(path, metadata={"Date": None})
 
 
