@@ -57,7 +57,6 @@ STEPS = {
 TINY = 100  # parameters of the network that warms a process up
 WARM_UP, COUNTED = 3, 15  # steps of a search
 REPEATED_S, REPEATS = 1.0, 20  # what is short is repeated up to either
-LEAST_MIB = 4  # memory below this is allocator noise, not fitted
 MIB = 2**20
 
 
@@ -231,9 +230,8 @@ def apart(step: str, family: str, parameters: int, limit_s: float) -> dict[str, 
 
 def exponent(rows: list[dict[str, Any]], key: str) -> float | None:
     """Slope of least squares on logarithms, over the larger half of the sizes."""
-    least = LEAST_MIB if key == "mib" else 0
-    points = sorted((row["parameters"], row[key]) for row in rows if row[key] is not None and row[key] > least)
-    points = points[len(points) // 2 :] if len(points) > 3 else points
+    points = sorted((row["parameters"], row[key]) for row in rows if row[key])
+    points = points[len(points) // 2 :]
     if len(points) < 3:
         return None
     x, y = np.log(np.array(points)).T

@@ -68,12 +68,9 @@ def to_qkeras(net: QNet) -> Any:
         InvalidInput: where not even float64 is exact, or QKeras has no such quantizer; names the op.
     """
     dtype = float_type(net)
-    tensors: dict[str, Any] = {}
     with _floatx(dtype) as keras, quiet():
-        source = keras.Input(net.input.shape, dtype=dtype, name=f"{net.input.name}_values")
-        for op in net.ops:
-            tensors[op.name] = _apply(net, op, tensors, source, keras, dtype)
-        model = keras.Model(source, tensors[net.output.name])
+        # AutoGraph would rewrite the source of QKeras's layers, a second's work, where only shapes are asked for
+        model = tensorflow().autograph.experimental.do_not_convert(_connected)(net, keras, dtype)
         for op in net.linears:
             model.get_layer(op.name).set_weights(_constants(net, op))
     return model
@@ -172,6 +169,15 @@ def _significant_bits(net: QNet, op: Op) -> int:
             return 0
         case _:
             assert_never(op)
+
+
+def _connected(net: QNet, keras: Any, dtype: FloatType) -> Any:
+    """The Keras model of all ops, without their constants."""
+    tensors: dict[str, Any] = {}
+    source = keras.Input(net.input.shape, dtype=dtype, name=f"{net.input.name}_values")
+    for op in net.ops:
+        tensors[op.name] = _apply(net, op, tensors, source, keras, dtype)
+    return keras.Model(source, tensors[net.output.name])
 
 
 def _apply(net: QNet, op: Op, tensors: dict[str, Any], inputs: Any, keras: Any, dtype: FloatType) -> Any:

@@ -95,6 +95,14 @@ def _wide(bits: int) -> QNet:
     )
 
 
+def test_the_model_also_runs_and_trains_as_a_graph(mlp, samples):
+    model, x = to_qkeras(mlp), samples(mlp)
+    expected = mlp.decode(reference.run(mlp, x))
+    assert_array_equal(model.predict(x, verbose=0), expected)
+    model.compile("sgd", "mse")
+    model.fit(x, expected + 1, verbose=0)
+
+
 def test_sums_beyond_float32_are_float64():
     net = _wide(40)
     keras = tensorflow().keras
