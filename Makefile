@@ -10,7 +10,7 @@ CXX_PROGRAM = $(or $(HMQ_FPGA_GXX),g++)
 help:
 	@echo "make demo    train, quantize, convert and verify a small network; ends with a report page"
 	@echo "make test    all checks and all tests"
-	@echo "make bench   what quantization adds to a training step, as ratios; takes minutes"
+	@echo "make bench   cost of training steps, of a whole run's stages, and by number of parameters; half an hour"
 	@echo "make lint    format, style, types and borders between the folders"
 	@echo "make format  mend format and style where a program can"
 	@echo "make clean   remove the environment and all caches; results in hls_projects/ stay"
@@ -24,12 +24,14 @@ test: compiler simulator browser lint
 	rm -rf notebooks/hls_projects
 	HMQ_FPGA_STEPS_SHARE=0.2 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --nbmake notebooks
 
-bench: $(READY)
+bench: compiler $(READY)
 	mkdir -p build
 	$(BIN)/python benchmarks/step_time.py --json > build/step_time.json
 	$(BIN)/python benchmarks/step_time.py --table build/step_time.json
 	$(BIN)/python benchmarks/authors_step.py mlp_b64
 	$(BIN)/python benchmarks/authors_step.py cnn_b128
+	$(BIN)/python benchmarks/stages.py
+	$(BIN)/python benchmarks/scaling.py --rows build/scaling.json
 
 lint: $(READY)
 	$(BIN)/ruff check
