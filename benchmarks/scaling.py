@@ -274,7 +274,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     families = list(dict.fromkeys(row["family"] for row in rows))
-    figure = Figure(figsize=(10, 4.2 * len(families)), layout="constrained")
+    figure = Figure(figsize=(12, 4 * len(families)), layout="constrained")
     grid = figure.subplots(len(families), 2, squeeze=False)
     for family, panels in zip(families, grid, strict=True):
         for axes, key, label in zip(panels, ("seconds", "mib"), ("processor time, s", "memory, MiB"), strict=True):
@@ -288,7 +288,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                 axes.plot(*zip(*points, strict=True), "o-", markersize=4, label=name)
             axes.set(xscale="log", yscale="log", xlabel="parameters", ylabel=label, title=FAMILIES[family])
             axes.grid(alpha=0.3)
-            axes.legend(fontsize="small", title="step, exponent")
+            axes.legend(fontsize="small", title="step, exponent", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, metadata={"Date": None})
 
 
