@@ -45,11 +45,6 @@ class TrainedGrid(NamedTuple):
     tensor: Tensor
     values: Grid
 
-    @classmethod
-    def of(cls, tensor: Tensor) -> TrainedGrid:
-        """With the tensor's present values."""
-        return cls(tensor, Grid(*tensor.tolist()))
-
 
 def _ends(grid: Grid) -> tuple[float, float]:
     """Between what numbers `x` has a rounded level within `lo … hi`, but for ties at the ends."""

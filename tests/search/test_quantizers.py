@@ -24,8 +24,12 @@ FORMATS = [
 ]
 
 
+def trained_grid(tensor: torch.Tensor) -> TrainedGrid:
+    return TrainedGrid(tensor, Grid(*tensor.tolist()))
+
+
 def grid_of(step: torch.Tensor, threshold: torch.Tensor, signed: bool) -> TrainedGrid:
-    return TrainedGrid.of(torch.stack((step, -threshold if signed else torch.zeros_like(threshold), threshold - step)))
+    return trained_grid(torch.stack((step, -threshold if signed else torch.zeros_like(threshold), threshold - step)))
 
 
 def plain(x: torch.Tensor, grid: TrainedGrid) -> torch.Tensor:
@@ -43,7 +47,7 @@ def test_fake_quantize_is_the_format(format_):
     x = np.concatenate([x, ties]).astype(np.float32)
     expected = format_.decode(format_.encode(x))
     frozen = Grid.of(format_)
-    trained = TrainedGrid.of(torch.tensor(frozen))
+    trained = trained_grid(torch.tensor(frozen))
     for grid in (frozen, trained):
         np.testing.assert_array_equal(fake_quantize(torch.from_numpy(x), grid).numpy(), expected)
 
@@ -107,7 +111,7 @@ def test_relu_in_the_quantizer_is_relu_before_it(trained):
     x = torch.randn(1000, generator=torch.Generator().manual_seed(0)).requires_grad_()
     upstream = torch.randn(1000, generator=torch.Generator().manual_seed(1))
     tensor = torch.tensor([0.13, 0, 0.9], requires_grad=True)
-    grid, sources = (TrainedGrid.of(tensor), (x, tensor)) if trained else (constant, (x,))
+    grid, sources = (trained_grid(tensor), (x, tensor)) if trained else (constant, (x,))
     results = [
         (y, *torch.autograd.grad((y * upstream).sum(), sources))
         for y in (fake_quantize(x, grid, relu=True), fake_quantize(torch.relu(x), grid))
@@ -123,7 +127,7 @@ def test_several_tensors_at_once_are_each_by_itself():
         for i, shape in enumerate(shapes)
     ]
     tensors = [torch.tensor([0.2 + 0.1 * i, -1.0, 0.8], requires_grad=True) for i in range(3)]
-    grids = [TrainedGrid.of(tensor) for tensor in tensors]
+    grids = [trained_grid(tensor) for tensor in tensors]
     results = [
         (*ys, *torch.autograd.grad(sum(y.square().sum() for y in ys), (*xs, *tensors)))
         for ys in (fake_quantize_all(xs, grids), [fake_quantize(x, grid) for x, grid in zip(xs, grids, strict=True)])
@@ -136,7 +140,7 @@ def test_several_tensors_at_once_are_each_by_itself():
 def test_mixed_precision_does_not_touch_the_quantizer(trained):
     """A bfloat16 tensor is quantized as its float32 values are, and to float32."""
     format_ = Fixed.from_threshold(signed=True, bits=8, threshold_log2=2)
-    grid = TrainedGrid.of(torch.tensor(Grid.of(format_))) if trained else Grid.of(format_)
+    grid = trained_grid(torch.tensor(Grid.of(format_))) if trained else Grid.of(format_)
     x, weight = torch.linspace(-5, 5, 1000).reshape(100, 10), torch.eye(10)
     blocks = HMQ([True], [0], [(2, 4)])
     p = blocks.sample(1.0, torch.Generator().manual_seed(0))
@@ -152,7 +156,7 @@ def test_mixed_precision_does_not_touch_the_quantizer(trained):
 def test_gradient_passes_at_the_end_levels_and_stops_beyond():
     format_ = Fixed.from_threshold(signed=True, bits=2, threshold_log2=0)  # levels -1, -0.5, 0, 0.5
     x = torch.tensor([-2.0, -1.2, -1.0, 0.1, 0.5, 0.7, 0.8, 3.0], requires_grad=True)
-    for grid in (Grid.of(format_), TrainedGrid.of(torch.tensor(Grid.of(format_)))):
+    for grid in (Grid.of(format_), trained_grid(torch.tensor(Grid.of(format_)))):
         (gradient,) = torch.autograd.grad(fake_quantize(x, grid).sum(), x)
         assert gradient.tolist() == [0, 1, 1, 1, 1, 1, 0, 0]
 
