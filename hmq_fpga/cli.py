@@ -31,6 +31,7 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print the result
 folder = click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
 backend = click.option("--backend", type=click.Choice(["Vitis", "Vivado"]), help="hls4ml backend [Vitis].")
 device = click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where to train and search [cpu].")
+parity_samples = click.option("--parity-samples", type=int, help="Test samples that back ends are compared on [all].")
 io_type = click.option("--io-type", type=click.Choice(["io_parallel", "io_stream"]), help="Style of the project.")
 
 
@@ -59,6 +60,7 @@ io_type = click.option("--io-type", type=click.Choice(["io_parallel", "io_stream
 @click.option(
     "--estimate", type=click.Choice(["trace", "model", "rtl", "none"]), help="Resources without vendor tools [trace]."
 )
+@parity_samples
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run.")
 @as_json
 def run(what: str, as_json: bool, **given: Any) -> int:
@@ -143,6 +145,7 @@ class _Lists(click.Command):
 )
 @click.option("--jobs", type=int, default=1, help="Processes of this machine, which share its cores [1].")
 @click.option("--cluster", "address", metavar="tcp://…", help="Scheduler of a Dask cluster in their place.")
+@parity_samples
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the sweep.")
 @as_json
 def sweep(what: str, jobs: int, address: str | None, as_json: bool, **given: Any) -> int:

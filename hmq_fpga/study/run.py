@@ -69,6 +69,8 @@ class RunConfig(BaseModel):
         estimate: resources without vendor tools. `trace`: Verilog, and its tracer's own figures; `rtl`: also
             simulated by Verilator and synthesized by Yosys; `model`: LUTs by a fitted formula, no Verilog, which
             is also what a network gets that is too large to unroll; `none`.
+        parity_samples: the first of the test split, whose parity is proven; by default the task's, which are all but
+            for residual networks.
         out: the run's folder.
     """
 
@@ -98,6 +100,7 @@ class RunConfig(BaseModel):
     layers: dict[str, LayerSettings] = Field(default_factory=dict)
     latency_cutoff: float = Field(5.0, ge=0)
     estimate: Literal["trace", "model", "rtl", "none"] = "trace"
+    parity_samples: int | None = Field(None, ge=1)
     out: Path | None = None
 
     @property
@@ -194,6 +197,7 @@ class _Run:
     def __init__(self, config: RunConfig, task: Task, target: Target, monitor: Monitor) -> None:
         self.config, self.target, self.monitor = config, target, monitor
         self.dataset = dataset = task.load(config.data)
+        self.proven = _proven(config, task, dataset)
         torch.set_num_threads(min(task.threads, _allowed_threads()))
         self.folder = config.folder
         steps = {
@@ -300,7 +304,7 @@ class _Run:
             Stage(name="freeze", settings={}, needs=("search", "finetune"), makes=("qnet", LAYERS), work=self.freeze),
             Stage(
                 name="convert",
-                settings=hardware,
+                settings=hardware | {"samples": len(self.proven.x_test)},
                 needs=("freeze",),
                 makes=("qkeras", "hls"),
                 witnesses=("qkeras", "hls/firmware", "hls/tb_data"),
@@ -316,7 +320,7 @@ class _Run:
             ),
             Stage(
                 name="parity",
-                settings={"data": self.dataset.digest, "estimate": config.estimate},
+                settings={"data": self.dataset.digest, "estimate": config.estimate, "samples": len(self.proven.x_test)},
                 needs=("float", "convert", "rtl"),
                 makes=("parity.json",),
                 work=self.parity,
@@ -410,7 +414,7 @@ class _Run:
         convert(
             QNet.load(self.folder / "qnet"),
             new,
-            samples=channels_last(self.dataset.x_test),
+            samples=channels_last(self.proven.x_test),
             backend=self.config.backend,
             io_type=self.io_type,
             part=self.config.part,
@@ -422,11 +426,9 @@ class _Run:
         return {}
 
     def parity(self, new: Path) -> dict[str, Any]:
-        dataset = self.dataset
-        parity = compare(
-            self.folder, channels_last(dataset.x_test), dataset.classes_test, verilog=self.config.estimate == "rtl"
-        )
+        parity = compare(self.folder, self.proven, verilog=self.config.estimate == "rtl")
         write_json(new / "parity.json", parity.to_json())
+        dataset = self.dataset
         _load(self.model, self.folder / "float.pt")
         self.model.eval()
         with torch.no_grad():
@@ -464,10 +466,8 @@ class _Run:
         return {}
 
 
-def compare(
-    folder: Path, x: np.ndarray[Any, Any], labels: np.ndarray[Any, Any] | None, *, verilog: bool = False
-) -> Parity:
-    """Parity of all back ends of a run's folder with its golden model, on inputs `(n, *input shape)`, channels last.
+def compare(folder: Path, dataset: Dataset, *, verilog: bool = False) -> Parity:
+    """Parity of all back ends of a run's folder with its golden model, on a test split.
 
     The RTL, where there is some, runs in its tracer's interpreter, and with `verilog` as Verilog too.
     """
@@ -480,7 +480,7 @@ def compare(
         simulators.append(project.interpreter())
         if verilog:
             simulators.append(project.simulator())
-    return check(net, simulators, x, labels)
+    return check(net, simulators, channels_last(dataset.x_test), dataset.classes_test)
 
 
 def compare_again(folder: Path, data: Path | None = None) -> Parity:
@@ -493,9 +493,17 @@ def compare_again(folder: Path, data: Path | None = None) -> Parity:
     if record["stages"].get("convert", {}).get("state") != "done":
         raise InvalidInput(f"{folder}: its project was not finished; run it again first")
     config = make_config(record["config"])
-    dataset = resolve(config.task).load(data or config.data)
-    verilog = config.estimate == "rtl"
-    return compare(folder, channels_last(dataset.x_test), dataset.classes_test, verilog=verilog)
+    task = resolve(config.task)
+    dataset = task.load(data or config.data)
+    if data is None:
+        dataset = _proven(config, task, dataset)
+    return compare(folder, dataset, verilog=config.estimate == "rtl")
+
+
+def _proven(config: RunConfig, task: Task, dataset: Dataset) -> Dataset:
+    """The data set with those samples in its test split whose parity is proven."""
+    n = config.parity_samples or task.parity_samples
+    return replace(dataset, x_test=dataset.x_test[:n], y_test=dataset.y_test[:n])
 
 
 def require_device(device: str) -> None:

@@ -34,6 +34,7 @@ class Task:
         budget: optimizer steps and learning rates.
         threads: of the training; more than one only slows a small network down.
         io_type: of the hls4ml project; streams where full unrolling is out of proportion.
+        parity_samples: of the test split, whose parity is proven; None: all.
         source: text of the user's file that builds the model; empty for a task of ours.
     """
 
@@ -44,6 +45,7 @@ class Task:
     budget: Budget = field(default_factory=Budget)
     threads: int = 1
     io_type: Literal["io_parallel", "io_stream"] = "io_parallel"
+    parity_samples: int | None = None
     source: str = ""
 
 
@@ -247,6 +249,7 @@ TASKS = {
         threads=_CORES,
         budget=Budget(float_steps=4000, search_steps=1500, finetune_steps=1500, float_learning_rate=5e-3),
         io_type="io_stream",
+        parity_samples=1000,
     ),
     "resnet18_cifar": Task(
         summary="ResNet-18, 11M parameters, on CIFAR-10 (JPEG); hours of training",
@@ -256,6 +259,7 @@ TASKS = {
         threads=_CORES,
         budget=Budget(float_steps=12_000, search_steps=6000, finetune_steps=4000, float_learning_rate=2e-3),
         io_type="io_stream",
+        parity_samples=100,
     ),
 }
 

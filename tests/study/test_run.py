@@ -118,6 +118,26 @@ def test_other_settings_of_the_verilog_repeat_only_what_they_touch(undisturbed, 
     assert cycles[1] == 0
 
 
+def test_parity_on_some_samples(undisturbed, digits_file, own_model, tmp_path):
+    """The back ends see the first ones only, accuracy is still that of the whole test split."""
+    folder, record = undisturbed
+    again = tmp_path / "undisturbed"
+    shutil.copytree(folder, again)
+    done = subprocess.run(
+        command(again, digits_file, own_model, "--json", "--parity-samples", "30"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    parity = json.loads((again / "parity.json").read_text())
+    assert parity["samples"] == 30
+    assert {simulator["values"] for simulator in parity["simulators"].values()} == {300}
+    assert len((again / "hls" / "tb_data" / "tb_input_features.dat").read_text().splitlines()) == 30
+    for name in ("float_accuracy", "qnet_accuracy"):
+        assert json.loads(done.stdout)["metrics"][name] == record["metrics"][name]
+
+
 def test_killed_in_every_stage_gives_the_same_network(undisturbed, digits_file, own_model, tmp_path):
     folder, killed = tmp_path / "killed", set()
     for stage in STAGES:
