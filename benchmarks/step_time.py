@@ -40,6 +40,7 @@ from hmq_fpga.search.train import BETAS, Budget, Task, finetune, fit
 from hmq_fpga.study.tasks import TASKS
 
 FOREVER = 10**6  # steps that a loop plans for: it is stopped long before, and never evaluates
+LOOPS = ("float", "search", "finetune", "fit")
 WARM_UP = 3  # steps of a block that do not count
 
 
@@ -116,20 +117,25 @@ class Bench:
 
     def loops(self) -> dict[str, Callable[[Task], Any]]:
         """Each ready to run on a task."""
-        float_model, plain_model = self.case.build(), self.case.build()
-        searched, tuned = (instrument(self.model, self.case.shape, input_signed=False) for _ in range(2))
+        return {name: self.loop(name) for name in LOOPS}
+
+    def loop(self, name: str) -> Callable[[Task], Any]:
+        """One of `LOOPS`, on a model of its own."""
+        if name == "float":
+            model = self.case.build()
+            return lambda task: plain_loop(model, task)
+        if name == "fit":
+            model = self.case.build()
+            return lambda task: fit(model, task, steps=FOREVER, learning_rate=1e-4, seed=0)
+        quantized = instrument(self.model, self.case.shape, input_signed=False)
+        if name == "search":
+            budget, target = Budget(search_steps=FOREVER, learning_rate=1e-4), Target(weight_rate=8)
+            return lambda task: find_scheme(quantized, task, budget, target)
         eight_bits = [
-            SchemeTensor(name=s.name, kind=s.kind, size=s.size, format=Fixed(s.signed, 8, 7)) for s in tuned.sites
+            SchemeTensor(name=s.name, kind=s.kind, size=s.size, format=Fixed(s.signed, 8, 7)) for s in quantized.sites
         ]
-        tuned.set_scheme(Scheme(tuple(eight_bits), {}))
-        budget = Budget(search_steps=FOREVER, learning_rate=1e-4)
-        target = Target(weight_rate=8)
-        return {
-            "float": lambda task: plain_loop(plain_model, task),
-            "fit": lambda task: fit(float_model, task, steps=FOREVER, learning_rate=1e-4, seed=0),
-            "search": lambda task: find_scheme(searched, task, budget, target),
-            "finetune": lambda task: finetune(tuned, task, steps=FOREVER, learning_rate=1e-4, seed=0),
-        }
+        quantized.set_scheme(Scheme(tuple(eight_bits), {}))
+        return lambda task: finetune(quantized, task, steps=FOREVER, learning_rate=1e-4, seed=0)
 
     def block(self, loop: Callable[[Task], Any], steps: int) -> float:
         """Seconds of a step of a loop."""
@@ -150,10 +156,9 @@ class Bench:
         raise AssertionError("the loop ended by itself")
 
     def peak(self, name: str) -> int:
-        """Bytes of a loop at their highest."""
-        loop = self.loops()[name]
+        """Bytes of a loop at their highest: model, gradients, optimizer's state, and what a step keeps."""
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-            self.block(loop, WARM_UP + 2)
+            self.block(self.loop(name), WARM_UP + 2)
         events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
         return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 

@@ -220,13 +220,12 @@ class QModel(nn.Module):
 
     @property
     def _parameters_by_site(self) -> dict[str, Tensor]:
-        pairs = [
-            (n.name, layer)
-            for n, layer in zip(self.nodes, self.layers, strict=True)
+        biases = {
+            _bias(node.name): layer.bias
+            for node, layer in zip(self.nodes, self.layers, strict=True)
             if isinstance(layer, LINEAR_LAYERS)
-        ]
-        weights = {weight_site(name): layer.weight for name, layer in pairs}
-        return weights | {_bias(name): layer.bias for name, layer in pairs}
+        }
+        return self.weights | biases
 
     @cached_property
     def moments(self) -> list[dict[str, int]]:
@@ -294,9 +293,10 @@ class QModel(nn.Module):
             observe: called with the name and the unquantized tensor of the input and of every activation.
         """
         grids = self._grids if grids is None else grids
-        named = {name: tensor for name, tensor in self._parameters_by_site.items() if name in grids}
-        quantized = fake_quantize_all(list(named.values()), [grids[name] for name in named]) if named else ()
-        values = {**self._parameters_by_site, **dict(zip(named, quantized, strict=True))}
+        values = self._parameters_by_site
+        if names := [name for name in values if name in grids]:
+            quantized = fake_quantize_all([values[name] for name in names], [grids[name] for name in names])
+            values |= zip(names, quantized, strict=True)
 
         def quantize(name: str, tensor: Tensor) -> Tensor:
             if observe:

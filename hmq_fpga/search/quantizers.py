@@ -6,16 +6,15 @@ Block for CNNs" (2020).
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hmq_fpga.ir.fixed import Fixed
+from hmq_fpga.search import kernels
 
 THRESHOLDS = 9  # candidates per tensor: 2^M … 2^(M-8)
 INITIAL_SHARE = 0.9  # of the pair (largest threshold, largest bit-width) in the initial distribution
@@ -46,60 +45,33 @@ class TrainedGrid(NamedTuple):
     values: Grid
 
 
-def _ends(grid: Grid) -> tuple[float, float]:
-    """Between what numbers `x` has a rounded level within `lo … hi`, but for ties at the ends."""
-    if math.isinf(grid.hi):
-        return grid.lo, grid.hi
-    return (-(-grid.lo // grid.step) - 0.5) * grid.step, (grid.hi // grid.step + 0.5) * grid.step
-
-
-@functools.cache
-def _exact_ends(grid: Grid, dtype: torch.dtype) -> tuple[float, float]:
-    """The same with ties, which round to the even level: the first numbers of a type beyond the range."""
-    real = np.float64 if dtype == torch.float64 else np.float32
-    below, above = map(real, _ends(grid))
-    if grid.lo / grid.step % 2 == 0:
-        below = np.nextafter(below, real(-np.inf))
-    if grid.hi / grid.step % 2 == 0:
-        above = np.nextafter(above, real(np.inf))
-    return float(below), float(above)
-
-
 class _FakeQuantize(torch.autograd.Function):
     """`clip(step * round(x / step), lo, hi)` of several tensors, with exact derivatives but for the rounding.
 
-    Backward compares `x` with the ends of its range, by fused kernels on floats: comparisons that make booleans cost
-    several times as much. The few numbers of a grid's gradient are Python's, which adds them faster than tensors.
+    Only `x` is kept for the backward pass, which rounds it again.
     """
 
     @staticmethod
     def forward(ctx: Any, grids: Sequence[Grid], relu: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
         """`tensors` are the values; if the grids are trained, then their tensors."""
-        xs, trained = tensors[: len(grids)], tensors[len(grids) :]
-        ys = [torch.div(x, g.step).round_().mul_(g.step).clamp_(g.lo, g.hi) for x, g in zip(xs, grids, strict=True)]
-        ctx.save_for_backward(*xs, *(ys if trained else ()))
-        ctx.grids, ctx.relu = grids, relu
-        return tuple(ys)
+        xs = tensors[: len(grids)]
+        ctx.save_for_backward(*xs)
+        ctx.grids, ctx.floor, ctx.trained = grids, 0.0 if relu else -math.inf, len(tensors) > len(xs)
+        return tuple(kernels.quantize(x, *grid) for x, grid in zip(xs, grids, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        n, saved = len(grads), ctx.saved_tensors
-        xs, ys = saved[:n], saved[n:]
-        ends = [_ends(g) if ys else _exact_ends(g, x.dtype) for g, x in zip(ctx.grids, xs, strict=True)]
-        passed = [
-            torch.ops.aten.hardtanh_backward(grad, x, max(below, 0.0) if ctx.relu else below, above)
-            for grad, x, (below, above) in zip(grads, xs, ends, strict=True)
-        ]
-        by_grids = []
-        for i, y in enumerate(ys):
-            x, grad, grid = xs[i], grads[i], ctx.grids[i]
-            residue = y - x
-            by_step = float(torch.dot(passed[i].flatten(), residue.flatten())) / grid.step
-            above = torch.ops.aten.threshold_backward.grad_input(grad, x, ends[i][1], grad_input=residue)
-            by_hi = float(above.sum())
-            by_lo = float(grad.sum()) - float(passed[i].sum()) - by_hi if grid.lo else 0.0
-            by_grids.append(torch.tensor((by_step, by_lo, by_hi), dtype=x.dtype, device=x.device))
-        return None, None, *passed, *by_grids
+        passed, by_grids = zip(
+            *(
+                kernels.gradients(x, grad, *grid, ctx.floor)
+                for x, grad, grid in zip(ctx.saved_tensors, grads, ctx.grids, strict=True)
+            ),
+            strict=True,
+        )
+        if not ctx.trained:
+            return None, None, *passed
+        like_x = {"dtype": ctx.saved_tensors[0].dtype, "device": ctx.saved_tensors[0].device}
+        return None, None, *passed, *torch.tensor(by_grids, **like_x).unbind()
 
 
 def fake_quantize_all(xs: Sequence[Tensor], grids: Sequence[Grid] | Sequence[TrainedGrid]) -> tuple[Tensor, ...]:
@@ -116,7 +88,7 @@ def fake_quantize(x: Tensor, grid: Grid | TrainedGrid, *, relu: bool = False) ->
     Backward: straight-through for the rounding only. Gradient reaches every `x` whose rounded level lies within
     `lo … hi`, end levels included; with respect to the step it is `round(x / step) - x / step` there, and with
     respect to `lo` and `hi` it is one where `x` is clipped to them. By `lo = -t`, `hi = t - step` these are the
-    exact derivatives with respect to the step and the threshold `t`. No gradient is computed for a `lo` of zero.
+    exact derivatives with respect to the step and the threshold `t`.
     """
     return _quantize((x,), (grid,), relu=relu)[0]
 

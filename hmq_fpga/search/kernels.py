@@ -1,0 +1,128 @@
+"""The arithmetic of a uniform quantizer: one pass over memory forward, one backward.
+
+On a CPU these are compiled loops, cached beside this file; on other devices plain tensor operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+BLOCK = 4096  # values whose sums are taken in their own precision, before they are added in double
+PART = 1 << 17  # values for which a further thread is worth its start
+
+Array = np.ndarray[Any, Any]
+Sums = tuple[float, float, float]  # gradients of step, lo and hi
+
+# Sums may be reordered and multiply-adds fused, so that loops run on vectors; NaN and infinity keep their meaning.
+_loop: Callable[..., Any] = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+
+
+def quantize(x: Tensor, step: float, lo: float, hi: float) -> Tensor:
+    """`clip(step * round(x / step), lo, hi)`, ties to even, of `x` of any shape."""
+    if not x.is_cpu:
+        return _plain_quantize(x, step, lo, hi)
+    x = x.detach().contiguous()
+    y = torch.empty_like(x)
+    _over(_quantize, (x.numpy().ravel(), y.numpy().ravel()), (step, lo, hi))
+    return y
+
+
+def gradients(x: Tensor, grad: Tensor, step: float, lo: float, hi: float, floor: float) -> tuple[Tensor, list[float]]:
+    """What `quantize` of `max(x, floor)` passes back of `grad`, with a straight-through rounding.
+
+    Returns:
+        The gradient of `x`: `grad` where the rounded level lies within `lo … hi`, else zero; and those of `step`, `lo`
+        and `hi`.
+    """
+    if not x.is_cpu:
+        return _plain_gradients(x, grad, step, lo, hi, floor)
+    x, grad = x.detach().contiguous(), grad.detach().contiguous()
+    passed = torch.empty_like(x)
+    arrays = (x.numpy().ravel(), grad.numpy().ravel(), passed.numpy().ravel())
+    parts = _over(_gradients, arrays, (step, lo, hi, floor))
+    return passed, [sum(part) for part in zip(*parts, strict=True)]
+
+
+def _plain_quantize(x: Tensor, step: float, lo: float, hi: float) -> Tensor:
+    return torch.div(x, step).round_().mul_(step).clamp_(lo, hi)
+
+
+def _plain_gradients(
+    x: Tensor, grad: Tensor, step: float, lo: float, hi: float, floor: float
+) -> tuple[Tensor, list[float]]:
+    value = x.clamp(min=floor)
+    level = torch.div(value, step).round_().mul_(step)
+    above, below = level > hi, level < lo
+    inside = grad.masked_fill(above | below, 0)
+    by_step = torch.dot(inside.flatten(), (level - value).flatten()) / step
+    by_grid = torch.stack((by_step, grad.masked_fill(~below, 0).sum(), grad.masked_fill(~above, 0).sum()))
+    return inside.masked_fill(x <= floor, 0), by_grid.tolist()
+
+
+def _over(kernel: Callable[..., Any], arrays: tuple[Array, ...], numbers: tuple[float, ...]) -> list[Any]:
+    """Results of a kernel on parts of arrays of one size, as many as PyTorch has threads to spare."""
+    n = arrays[0].size
+    if n < 2 * PART or (threads := min(torch.get_num_threads(), n // PART)) == 1:
+        return [kernel(*arrays, *numbers)]
+    bounds = [n * i // threads for i in range(threads + 1)]
+
+    def part(i: int) -> Any:
+        return kernel(*(array[bounds[i] : bounds[i + 1]] for array in arrays), *numbers)
+
+    return list(_pool(threads).map(part, range(threads)))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="quantizer")
+
+
+@_loop
+def _quantize(x: Array, y: Array, step: float, lo: float, hi: float) -> None:
+    real = x.dtype.type
+    step, lo, hi = real(step), real(lo), real(hi)
+    for i in range(x.size):
+        level = np.rint(x[i] / step) * step
+        if level < lo:
+            level = lo
+        if level > hi:
+            level = hi
+        y[i] = level
+
+
+@_loop
+def _gradients_of_block(x: Array, grad: Array, passed: Array, step: float, lo: float, hi: float, floor: float) -> Sums:
+    zero = x.dtype.type(0)
+    by_step = by_lo = by_hi = zero
+    for i in range(x.size):
+        value = x[i] if x[i] > floor else floor
+        level = np.rint(value / step) * step
+        below = grad[i] if level < lo else zero
+        above = grad[i] if level > hi else zero
+        inside = grad[i] - below - above
+        by_step += inside * (level - value)
+        by_lo += below
+        by_hi += above
+        passed[i] = inside if x[i] > floor else zero
+    return by_step / step, by_lo, by_hi
+
+
+@_loop
+def _gradients(x: Array, grad: Array, passed: Array, step: float, lo: float, hi: float, floor: float) -> Sums:
+    real = x.dtype.type
+    by_step = by_lo = by_hi = 0.0
+    for start in range(0, x.size, BLOCK):
+        block = slice(start, min(start + BLOCK, x.size))
+        sums = _gradients_of_block(x[block], grad[block], passed[block], real(step), real(lo), real(hi), real(floor))
+        by_step += sums[0]
+        by_lo += sums[1]
+        by_hi += sums[2]
+    return by_step, by_lo, by_hi

@@ -1,0 +1,36 @@
+import math
+
+import pytest
+import torch
+
+from hmq_fpga.search import kernels
+
+GRIDS = [(0.21, -1.3, 1.09, -math.inf), (0.21, 0.0, 1.09, 0.0), (0.25, -math.inf, math.inf, -math.inf)]
+SIZES = [0, 1, kernels.BLOCK, kernels.BLOCK + 1, 3 * kernels.PART + 5]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_loops_are_the_plain_operations(grid, n, threads, monkeypatch):
+    """However the work is split: values and what passes exactly, sums within their rounding."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    x, grad = torch.randn(2, n, generator=torch.Generator().manual_seed(0)).unbind()
+    *ends, floor = grid
+    torch.testing.assert_close(kernels.quantize(x, *ends), kernels._plain_quantize(x, *ends), rtol=0, atol=0)
+    passed, sums = kernels.gradients(x, grad, *ends, floor)
+    expected_passed, expected_sums = kernels._plain_gradients(x, grad, *ends, floor)
+    torch.testing.assert_close(passed, expected_passed, rtol=0, atol=0)
+    assert sums == pytest.approx(expected_sums, rel=1e-4, abs=1e-3)
+
+
+def test_any_layout():
+    x = torch.randn(4, 3, 5, 6).to(memory_format=torch.channels_last)
+    grad = torch.ones(()).expand(4, 3, 5, 6)
+    y, (passed, _) = kernels.quantize(x, *GRIDS[0][:3]), kernels.gradients(x, grad, *GRIDS[0])
+    assert (y == kernels._plain_quantize(x, *GRIDS[0][:3])).all()
+    assert (passed == kernels._plain_gradients(x, grad, *GRIDS[0])[0]).all()
+
+
+def test_not_a_number_stays_one():
+    assert kernels.quantize(torch.tensor([math.nan, math.inf]), 0.5, -1.0, 0.5).isnan().tolist() == [True, False]
