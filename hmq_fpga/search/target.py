@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 import numpy as np
 from scipy.optimize import LinearConstraint, milp
@@ -23,6 +25,8 @@ class Target:
         weight_rate: R_w, bits of the float weights over bits of the quantized ones.
         activation_rate: R_a, bits of the largest float activation over those of the costliest quantized one.
         bits: B, the bit-widths that a weight may get.
+        tensor_bits: B of single weights, by name or pattern of names; of the input and activations the largest is an
+            upper bound.
         max_activation_bits: upper bound on the bit-width of activations and input.
         min_activation_bits: below this, R_a is refused.
     """
@@ -30,12 +34,14 @@ class Target:
     weight_rate: float = 8.0
     activation_rate: float = 4.0
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
+    tensor_bits: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     max_activation_bits: int = 8
     min_activation_bits: int = 1
 
     def __post_init__(self) -> None:
-        if not self.bits or list(self.bits) != sorted(set(self.bits)) or not 1 <= self.bits[0] <= self.bits[-1] <= 16:
-            raise InvalidInput(f"bit-widths {list(self.bits)}: give ascending, different numbers from 1 to 16")
+        for of, bits in {"": self.bits, **{f" of {name!r}": bits for name, bits in self.tensor_bits.items()}}.items():
+            if not bits or list(bits) != sorted(set(bits)) or not 1 <= bits[0] <= bits[-1] <= 16:
+                raise InvalidInput(f"bit-widths {list(bits)}{of}: give ascending, different numbers from 1 to 16")
         if not 1 <= self.min_activation_bits <= self.max_activation_bits <= 16:
             raise InvalidInput(
                 f"activation bit-widths {self.min_activation_bits} … {self.max_activation_bits}: "
@@ -51,8 +57,30 @@ class Target:
             raise InvalidInput(f"R_a = {self.activation_rate:g} is not positive")
 
     def check(self, model: QModel) -> None:
-        """Raise `InvalidInput` when R_a leaves a tensor of `model` too few bits, naming it."""
+        """Raise `InvalidInput` when R_a leaves a tensor of `model` too few bits, naming it.
+
+        Likewise when `tensor_bits` names a tensor that it does not have, or puts R_w out of reach.
+        """
+        names = [site.name for site in model.sites]
+        for pattern in self.tensor_bits:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise InvalidInput(f"tensor_bits: no tensor is called {pattern!r}; there are {', '.join(names)}")
         self.activation_bits(model)
+        sizes, choices = [site.size for site in weight_sites(model)], list(self.weight_bits(model).values())
+        highest, lowest = rate([bits[0] for bits in choices], sizes), rate([bits[-1] for bits in choices], sizes)
+        if not lowest <= self.weight_rate <= highest:
+            raise InvalidInput(
+                f"R_w = {self.weight_rate:g} cannot be reached with the bit-widths that tensor_bits allows: "
+                f"choose from {math.ceil(100 * lowest) / 100:g} to {math.floor(100 * highest) / 100:g}"
+            )
+
+    def weight_bits(self, model: QModel) -> dict[str, tuple[int, ...]]:
+        """The bit-widths that each weight may get, by name."""
+        return {site.name: self._own_bits(site.name) or self.bits for site in weight_sites(model)}
+
+    def _own_bits(self, name: str) -> tuple[int, ...] | None:
+        """Of the last pattern that a name matches."""
+        return next((bits for p, bits in reversed(self.tensor_bits.items()) if fnmatchcase(name, p)), None)
 
     def activation_bits(self, model: QModel, activation_rate: float | None = None) -> dict[str, int]:
         """Bit-width of the input and every activation, by name (Eq. 10-11).
@@ -69,7 +97,8 @@ class Target:
         bits = {}
         for site in activation_sites(model):
             size = max(total for held, total in zip(model.moments, totals, strict=True) if site.name in held)
-            bits[site.name] = min(int(FLOAT_BITS * max(totals) / rate / size + 1e-9), self.max_activation_bits)
+            most_bits = (self._own_bits(site.name) or (self.max_activation_bits,))[-1]
+            bits[site.name] = min(int(FLOAT_BITS * max(totals) / rate / size + 1e-9), most_bits)
             if bits[site.name] < self.min_activation_bits:
                 most = FLOAT_BITS * max(totals) / size / self.min_activation_bits
                 raise InvalidInput(
@@ -99,31 +128,34 @@ def meets(bits: Sequence[int], sizes: Sequence[int], weight_rate: float) -> bool
     return weight_rate <= rate(bits, sizes) <= OVERSHOOT * weight_rate
 
 
-def cheapest_bits(costs: np.ndarray, choices: Sequence[int], sizes: Sequence[int], weight_rate: float) -> list[int]:
+def cheapest_bits(costs: Sequence[Mapping[int, float]], sizes: Sequence[int], weight_rate: float) -> list[int]:
     """Bit-widths of least total cost that keep the promise of `meets`.
 
     A multiple-choice knapsack, solved exactly. Where no choice lies within the overshoot (one tensor holds nearly all
     weights, say), the one closest above the target.
 
     Args:
-        costs: `(tensors, choices)`.
-        choices: bit-widths.
+        costs: of each tensor, by the bit-widths that it may get.
         sizes: elements per tensor.
         weight_rate: R_w.
     """
-    n, k = costs.shape
-    bits = (np.outer(sizes, choices) / sum(sizes)).ravel()  # mean bits per weight that each choice contributes
-    one_each = LinearConstraint(np.kron(np.eye(n), np.ones(k)), 1, 1)
+    tensor, choice, cost = (np.array(column) for column in zip(*_choices(costs), strict=True))
+    bits = np.array(sizes)[tensor] * choice / sum(sizes)  # mean bits per weight that each choice contributes
+    one_each = LinearConstraint(tensor == np.arange(len(sizes))[:, None], 1, 1)
     most = FLOAT_BITS / weight_rate
 
     def solve(objective: np.ndarray, least: float) -> np.ndarray | None:
         slack = 1e-9
         within = LinearConstraint(bits, least - slack, most + slack)
-        return milp(objective, constraints=[one_each, within], integrality=np.ones(n * k), bounds=(0, 1)).x
+        return milp(objective, constraints=[one_each, within], integrality=np.ones(len(bits)), bounds=(0, 1)).x
 
-    x = solve(costs.ravel(), most / OVERSHOOT)
+    x = solve(cost, most / OVERSHOOT)
     if x is None:
         x = solve(-bits, 0)
     if x is None:
-        raise AssertionError("Target checks that the smallest bit-width reaches the rate")
-    return [choices[i] for i in x.reshape(n, k).argmax(1)]
+        raise AssertionError("Target checks that the smallest bit-widths reach the rate")
+    return choice[x > 0.5].tolist()
+
+
+def _choices(costs: Sequence[Mapping[int, float]]) -> list[tuple[int, int, float]]:
+    return [(i, bits, cost) for i, tensor in enumerate(costs) for bits, cost in tensor.items()]

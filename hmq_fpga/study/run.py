@@ -52,6 +52,8 @@ class RunConfig(BaseModel):
         task: a name that `hmq-fpga tasks` lists, or `FILE.py:FUNCTION`.
         rw, ra: targets R_w and R_a.
         bits: bit-widths that a weight may get.
+        tensor_bits: the same for single weights, by name (`conv1.weight`) or pattern (`*.weight`); of the input and of
+            activations the largest is an upper bound.
         max_act_bits: upper bound on the bit-width of activations.
         method, options: search method and its options.
         zeros: share of zero weights to aim for, by larger thresholds and an L1 penalty while fine-tuning.
@@ -80,6 +82,7 @@ class RunConfig(BaseModel):
     rw: float = 8.0
     ra: float = 4.0
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
+    tensor_bits: dict[str, tuple[int, ...]] = Field(default_factory=dict)
     max_act_bits: int = 8
     method: str = "hmq"
     options: dict[str, Any] = Field(default_factory=dict)
@@ -177,6 +180,7 @@ def run(config: RunConfig, monitor: Monitor, *, shared: Path | None = None, pati
         weight_rate=config.rw,
         activation_rate=config.ra,
         bits=config.bits,
+        tensor_bits=config.tensor_bits,
         max_activation_bits=config.max_act_bits,
     )
     make_options(config.method, config.options)

@@ -111,6 +111,35 @@ def test_unreachable_targets(settings, message):
         Target(**settings)
 
 
+OWN_BITS = {"*": (2, 3, 4, 5), "linear_6.weight": (6, 8), "relu_*": (3,)}  # the last that matches counts
+
+
+@pytest.mark.parametrize("rate", [7, 10, 13])
+@pytest.mark.parametrize("options", [{}, {"logit_learning_rate": 1e-9}], ids=["search", "repair"])
+def test_bits_of_single_tensors(rate, options, mlp, digits):
+    target = Target(weight_rate=rate, tensor_bits=OWN_BITS)
+    model, scheme, _ = find_scheme(instrumented(mlp, digits), digits, Budget(search_steps=150), target, options=options)
+    assert rate <= cost.weight_rate(scheme) <= 1.1 * rate
+    bits = {name: tensor.width for name, tensor in model.formats.items()}
+    assert bits.pop("linear_6.weight") in (6, 8)
+    assert (bits.pop("relu_2"), bits.pop("relu_5")) == (3, 3)
+    assert max(bits.values()) <= 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "method", "message"),
+    [
+        ({"tensor_bits": {"linear_3.weight": (8,)}}, "hmq", "no tensor is called 'linear_3.weight'; there are input, "),
+        ({"tensor_bits": {"linear_6.*": (4, 2)}}, "hmq", r"bit-widths \[4, 2\] of 'linear_6\.\*': give ascending"),
+        ({"tensor_bits": OWN_BITS, "weight_rate": 15}, "hmq", "R_w = 15 cannot be .* choose from 6.19 to 14.31"),
+        ({"tensor_bits": OWN_BITS}, "uniform", "leave out tensor_bits"),
+    ],
+)
+def test_bits_of_single_tensors_that_cannot_be(settings, method, message, mlp, digits, budget):
+    with pytest.raises(InvalidInput, match=message):
+        find_scheme(instrumented(mlp, digits), digits, budget, Target(**settings), method=method)
+
+
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
@@ -144,9 +173,11 @@ def test_repair_is_recorded(mlp, digits):
 
 def test_repair_takes_the_cheapest_moves():
     choices, sizes = (2, 4, 8), (100, 100, 100)
-    costs = np.array([[0.9, 0.5, 0.0], [0.1, 0.05, 0.0], [0.2, 0.01, 0.0]])
-    assert cheapest_bits(costs, choices, sizes, 6) == [8, 4, 4]  # mean 5.33 bits allowed, at least 4.85
-    lone = cheapest_bits(np.zeros((1, 3)), choices, (100,), 9)
+    figures = [[0.9, 0.5, 0.0], [0.1, 0.05, 0.0], [0.2, 0.01, 0.0]]
+    costs = [dict(zip(choices, row, strict=True)) for row in figures]
+    assert cheapest_bits(costs, sizes, 6) == [8, 4, 4]  # mean 5.33 bits allowed, at least 4.85
+    assert cheapest_bits([{4: 0.0}, *costs[1:]], sizes, 6) == [4, 8, 4]  # the first may get no other
+    lone = cheapest_bits([dict.fromkeys(choices, 0.0)], (100,), 9)
     assert lone == [2]  # only 4, 8 and 16 can be had: the closest above the target
     assert not meets(lone, (100,), 9)
 

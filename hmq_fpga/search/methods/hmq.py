@@ -10,7 +10,6 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 
 from hmq_fpga.ir.cost import FLOAT_BITS
@@ -118,7 +117,7 @@ def hmq(
 
     def bits(step: int) -> list[tuple[int, ...]]:
         activation_bits = target.activation_bits(model, schedule.activation_rate(step))
-        return [target.bits] * len(weights) + [(activation_bits[site.name],) for site in activations]
+        return [*target.weight_bits(model).values(), *((activation_bits[site.name],) for site in activations)]
 
     blocks = HMQ([s.signed for s in sites], [limits[s.name] for s in sites], bits(0)).to(task.x_train.device)
     logit_rate = options.logit_learning_rate or _logit_learning_rate(len(target.bits), steps)
@@ -208,8 +207,9 @@ def _repair(
             return float(task.loss(model(task.x_train[:SAMPLES], grids), task.y_train[:SAMPLES]))
 
     before = loss({})
-    costs = np.array([[loss({site.name: format_with(site, bits)}) - before for bits in target.bits] for site in sites])
-    wanted = cheapest_bits(costs, target.bits, sizes, target.weight_rate)
+    choices = target.weight_bits(model)
+    costs = [{bits: loss({s.name: format_with(s, bits)}) - before for bits in choices[s.name]} for s in sites]
+    wanted = cheapest_bits(costs, sizes, target.weight_rate)
     repaired = {site.name: format_with(site, bits) for site, bits in zip(sites, wanted, strict=True)}
     changes = {n: [formats[n].width, f.width] for n, f in repaired.items() if f.width != formats[n].width}
     return {**formats, **repaired}, changes

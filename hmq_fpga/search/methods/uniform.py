@@ -46,7 +46,12 @@ def uniform(
     """The widest single bit-width that meets R_w, and the widest that meets R_a; no training.
 
     The actual R_w is 32 over a whole number, so it may exceed the target by more than a search's would.
+
+    Raises:
+        InvalidInput: when the target has bit-widths of single tensors.
     """
+    if target.tensor_bits:
+        raise InvalidInput("method 'uniform' gives all weights one bit-width: leave out tensor_bits, or use hmq")
     weight_bits = max(b for b in target.bits if b <= FLOAT_BITS / target.weight_rate)
     activation_bits = min(target.activation_bits(model).values())
     limits = max_thresholds_log2(model, task)
