@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,7 +16,7 @@ from hmq_fpga.ir.cost import Step, moments
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.ir.scheme import Kind, Scheme
-from hmq_fpga.search.quantizers import Grid, TrainedGrid, fake_quantize, fake_quantize_all
+from hmq_fpga.search.quantizers import Grid, TrainedGrid, fake_quantize, fake_quantize_all, recomputed
 
 INPUT = "input"
 
@@ -198,6 +199,8 @@ class QModel(nn.Module):
         self.input_shape = input_shape
         self.nodes, self.sites, self.notes = tuple(nodes), tuple(sites), tuple(notes)
         self.layers = nn.ModuleList(layers[node.name] for node in self.nodes)
+        readers = {source: i for i, node in enumerate(self.nodes) for source in node.sources}
+        self._last_reads = [[name for name, last in readers.items() if last == i] for i in range(len(self.nodes))]
         self._formats: dict[str, Fixed] = {}
         self._grids: dict[str, Grid] = {}
         self._steps: dict[str, float] = {}
@@ -298,22 +301,34 @@ class QModel(nn.Module):
             quantized = fake_quantize_all([values[name] for name in names], [grids[name] for name in names])
             values |= zip(names, quantized, strict=True)
 
-        def quantize(name: str, tensor: Tensor) -> Tensor:
+        origins: dict[str, tuple[Tensor, Grid | TrainedGrid]] = {}  # of quantized tensors
+
+        def quantize(name: str, tensor: Tensor, *, relu: bool = False) -> Tensor:
             if observe:
                 observe(name, tensor)
-            return fake_quantize(tensor, grids[name]) if name in grids else tensor
+            if name not in grids:
+                return tensor
+            origins[name] = tensor, grids[name]
+            return fake_quantize(tensor, grids[name], relu=relu)
 
         tensors = {INPUT: quantize(INPUT, x)}
-        for node, layer in zip(self.nodes, self.layers, strict=True):
-            sources = [tensors[name] for name in node.sources]
-            if isinstance(layer, LINEAR_LAYERS):
-                weight, bias = values[weight_site(node.name)], values[_bias(node.name)]
-                tensors[node.name] = _linear(layer, *sources, weight, bias)
-            elif isinstance(layer, Activation):
-                if layer.relu and layer.limit_log2 is None and node.name in grids and not observe:
-                    tensors[node.name] = fake_quantize(*sources, grids[node.name], relu=True)
-                else:
-                    tensors[node.name] = quantize(node.name, layer(*sources))
+        for node, layer, read in zip(self.nodes, self.layers, self._last_reads, strict=True):
+            name, sources = node.name, [tensors[source] for source in node.sources]
+            if isinstance(layer, Activation):
+                fused = layer.relu and layer.limit_log2 is None and name in grids and not observe
+                tensors[name] = quantize(name, *(sources if fused else [layer(*sources)]), relu=fused)
             else:
-                tensors[node.name] = layer(*sources)
+                origin = origins.get(node.sources[0]) if len(sources) == 1 else None
+                with recomputed(*sources, *origin) if origin else nullcontext():
+                    if isinstance(layer, LINEAR_LAYERS):
+                        weight, bias = values[weight_site(name)], values[_bias(name)]
+                        tensors[name] = _linear(layer, *sources, weight, bias)
+                    else:
+                        tensors[name] = layer(*sources)
+                if origin and isinstance(layer, nn.Flatten):
+                    origins[name] = origin
+            del sources
+            for tensor in read:
+                del tensors[tensor]
+                origins.pop(tensor, None)
         return tensors[self.nodes[-1].name]

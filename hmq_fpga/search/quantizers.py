@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.search import kernels
 
 THRESHOLDS = 9  # candidates per tensor: 2^M … 2^(M-8)
+RECOMPUTED = 1 << 17  # elements from which on a tensor is quantized again rather than kept
 INITIAL_SHARE = 0.9  # of the pair (largest threshold, largest bit-width) in the initial distribution
 
 
@@ -98,6 +101,25 @@ def _quantize(xs: Sequence[Tensor], grids: Sequence[Grid | TrainedGrid], *, relu
     trained = [grid.tensor for grid in grids if isinstance(grid, TrainedGrid)]
     values = [grid.values if isinstance(grid, TrainedGrid) else grid for grid in grids]
     return _FakeQuantize.apply(values, relu, *xs, *trained)
+
+
+def recomputed(y: Tensor, x: Tensor, grid: Grid | TrainedGrid) -> AbstractContextManager[None]:
+    """Let operations inside keep `x`, as the quantizer does anyway, where they would keep `y = fake_quantize(x, grid)`.
+
+    Backward quantizes `x` again, which costs little beside the layer that reads it. Small tensors are kept.
+    """
+    if y.numel() < RECOMPUTED or not torch.is_grad_enabled():
+        return nullcontext()
+    x, values = x.detach(), grid.values if isinstance(grid, TrainedGrid) else grid
+    address, size = y.data_ptr(), y.numel()
+
+    def pack(kept: Tensor) -> Any:
+        return (kept.shape, kept.stride()) if (kept.data_ptr(), kept.numel()) == (address, size) else kept
+
+    def unpack(packed: Any) -> Tensor:
+        return packed if isinstance(packed, Tensor) else kernels.quantize(x, *values).as_strided(*packed)
+
+    return saved_tensors_hooks(pack, unpack)
 
 
 def initial_gap(pairs: int) -> float:

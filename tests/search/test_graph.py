@@ -9,6 +9,7 @@ from torch import nn
 from hmq_fpga.ir import network, reference
 from hmq_fpga.ir.errors import InvalidInput, UnsupportedLayer
 from hmq_fpga.ir.fixed import Fixed
+from hmq_fpga.search import quantizers
 from hmq_fpga.search.calibrate import scheme_of
 from hmq_fpga.search.freeze import freeze, run_codes
 from hmq_fpga.search.instrument import instrument
@@ -359,3 +360,18 @@ def test_bias_is_on_the_accumulators_grid():
     assert isinstance(op, network.Dense)
     frac = net.input.format.frac + op.weight_format.frac
     np.testing.assert_array_equal(op.bias, np.rint(layer.bias.detach().double().numpy() * 2.0**frac).astype(np.int64))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_quantized_again_gives_the_same_gradients(name, monkeypatch):
+    """Nothing is kept but what quantizers read: gradients as if all were."""
+    build, shape = MODELS[name]
+    torch.manual_seed(0)
+    model = randomly_formatted(instrument(build().eval(), shape), 0, (3, 8))
+    x = torch.randn(5, *shape)
+    gradients = []
+    for least in (1, 10**9):
+        monkeypatch.setattr(quantizers, "RECOMPUTED", least)
+        gradients.append(torch.autograd.grad(model(x).square().sum(), list(model.parameters()), allow_unused=True))
+    for ours, oracle in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, oracle, rtol=0, atol=0)
