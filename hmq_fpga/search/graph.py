@@ -199,6 +199,11 @@ class QModel(nn.Module):
         self.input_shape = input_shape
         self.nodes, self.sites, self.notes = tuple(nodes), tuple(sites), tuple(notes)
         self.layers = nn.ModuleList(layers[node.name] for node in self.nodes)
+        self._linears = [
+            (weight_site(node.name), _bias(node.name), layer)
+            for node, layer in zip(self.nodes, self.layers, strict=True)
+            if isinstance(layer, LINEAR_LAYERS)
+        ]
         readers = {source: i for i, node in enumerate(self.nodes) for source in node.sources}
         self._last_reads = [[name for name, last in readers.items() if last == i] for i in range(len(self.nodes))]
         self._formats: dict[str, Fixed] = {}
@@ -218,17 +223,11 @@ class QModel(nn.Module):
     @property
     def weights(self) -> dict[str, Tensor]:
         """Weights by site name, in network order."""
-        pairs = zip(self.nodes, self.layers, strict=True)
-        return {weight_site(node.name): layer.weight for node, layer in pairs if isinstance(layer, LINEAR_LAYERS)}
+        return {name: layer.weight for name, _, layer in self._linears}
 
     @property
     def _parameters_by_site(self) -> dict[str, Tensor]:
-        biases = {
-            _bias(node.name): layer.bias
-            for node, layer in zip(self.nodes, self.layers, strict=True)
-            if isinstance(layer, LINEAR_LAYERS)
-        }
-        return self.weights | biases
+        return self.weights | {name: layer.bias for _, name, layer in self._linears}
 
     @cached_property
     def moments(self) -> list[dict[str, int]]:

@@ -73,8 +73,7 @@ class _FakeQuantize(torch.autograd.Function):
         )
         if not ctx.trained:
             return None, None, *passed
-        like_x = {"dtype": ctx.saved_tensors[0].dtype, "device": ctx.saved_tensors[0].device}
-        return None, None, *passed, *torch.tensor(by_grids, **like_x).unbind()
+        return None, None, *passed, *passed[0].new_tensor(by_grids).unbind()
 
 
 def fake_quantize_all(xs: Sequence[Tensor], grids: Sequence[Grid] | Sequence[TrainedGrid]) -> tuple[Tensor, ...]:
