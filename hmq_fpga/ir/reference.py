@@ -34,14 +34,23 @@ from hmq_fpga.ir.network import (
     kernel_of,
 )
 
-BATCH = 1024  # samples at a time: bounds the memory of the convolutions' windows
+VALUES = 1 << 20  # that a batch holds of the largest tensor, or of the windows of a convolution: they stay in caches
 
 
 def run(net: QNet, x: np.ndarray[Any, Any]) -> Codes:
     """Output codes `(batch, *output shape)` for real inputs `(batch, *input shape)`, channels last."""
+    batch = max(VALUES // max(_values(net, op) for op in net.ops), 1)
     codes = net.encode(x)
-    batches = [_execute(net, codes[i : i + BATCH])[net.output.name] for i in range(0, len(codes), BATCH)]
+    batches = [_execute(net, codes[i : i + batch])[net.output.name] for i in range(0, len(codes), batch)]
     return np.concatenate(batches) if batches else np.empty((0, *net.shapes[net.output.name]), np.int64)
+
+
+def _values(net: QNet, op: Op) -> int:
+    """Values of a tensor for one sample, or of the windows that it is computed from."""
+    *spatial, channels = net.shapes[op.name]
+    if isinstance(op, Window):
+        return math.prod(spatial) * math.prod(kernel_of(op)) * net.shapes[op.source][-1]
+    return math.prod(spatial) * channels
 
 
 def trace(net: QNet, x: np.ndarray[Any, Any]) -> dict[str, Codes]:

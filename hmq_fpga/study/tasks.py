@@ -259,7 +259,7 @@ TASKS = {
         threads=_CORES,
         budget=Budget(float_steps=12_000, search_steps=6000, finetune_steps=4000, float_learning_rate=2e-3),
         io_type="io_stream",
-        parity_samples=100,
+        parity_samples=10,
     ),
 }
 

@@ -227,7 +227,7 @@ def test_batches_do_not_change_results(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     x = np.random.default_rng(0).normal(scale=4, size=(10, 2))
     whole = reference.run(net, x)
-    monkeypatch.setattr(reference, "BATCH", 3)
+    monkeypatch.setattr(reference, "VALUES", 3 * 2)
     assert_array_equal(reference.run(net, x), whole)
     assert reference.run(net, x[:0]).shape == (0, 2)
 
