@@ -1,6 +1,6 @@
 """The arithmetic of a uniform quantizer: one pass over memory forward, one backward.
 
-On a CPU these are compiled loops, cached beside this file; on other devices plain tensor operations.
+On a CPU these are compiled loops, on other devices plain tensor operations.
 """
 
 from __future__ import annotations
@@ -22,7 +22,15 @@ Array = np.ndarray[Any, Any]
 Sums = tuple[float, float, float]  # gradients of step, lo and hi
 
 # Sums may be reordered and multiply-adds fused, so that loops run on vectors; NaN and infinity keep their meaning.
-_loop: Callable[..., Any] = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+_OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
+
+
+def _loop(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled function, which is kept on disk where a folder can be written."""
+    try:
+        return njit(cache=True, **_OPTIONS)(function)
+    except RuntimeError:  # neither beside this file nor in the user's cache
+        return njit(**_OPTIONS)(function)
 
 
 def quantize(x: Tensor, step: float, lo: float, hi: float) -> Tensor:

@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -34,3 +36,14 @@ def test_any_layout():
 
 def test_not_a_number_stays_one():
     assert kernels.quantize(torch.tensor([math.nan, math.inf]), 0.5, -1.0, 0.5).isnan().tolist() == [True, False]
+
+
+def test_a_machine_without_any_folder_to_write():
+    program = (
+        "import torch, numba.core.caching as caching\n"
+        "caching.CacheImpl._locator_classes = []\n"
+        "from hmq_fpga.search import kernels\n"
+        "print(kernels.quantize(torch.tensor([0.3, 7.0]), 0.5, -1.0, 0.5).tolist())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[0.5, 0.5]\n"
