@@ -362,8 +362,9 @@ def test_bias_is_on_the_accumulators_grid():
     np.testing.assert_array_equal(op.bias, np.rint(layer.bias.detach().double().numpy() * 2.0**frac).astype(np.int64))
 
 
+@pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_what_is_quantized_again_gives_the_same_gradients(name, monkeypatch):
+def test_what_is_quantized_again_gives_the_same_gradients(name, mixed, monkeypatch):
     """Nothing is kept but what quantizers read: gradients as if all were."""
     build, shape = MODELS[name]
     torch.manual_seed(0)
@@ -372,6 +373,8 @@ def test_what_is_quantized_again_gives_the_same_gradients(name, monkeypatch):
     gradients = []
     for least in (1, 10**9):
         monkeypatch.setattr(quantizers, "RECOMPUTED", least)
-        gradients.append(torch.autograd.grad(model(x).square().sum(), list(model.parameters()), allow_unused=True))
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            loss = model(x).square().sum()
+        gradients.append(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
     for ours, oracle in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, oracle, rtol=0, atol=0)
