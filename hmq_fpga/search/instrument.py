@@ -390,7 +390,9 @@ class _Builder:
                         self._tensor_of[node] = self._add(node)
                 case "output":
                     if not isinstance(node.args[0], fx.Node) or self._tensor_of.get(node.args[0], INPUT) == INPUT:
-                        raise UnsupportedLayer("model: forward must return one tensor that it computed")
+                        raise UnsupportedLayer(
+                            "model: forward must return one tensor that it computed; join several by torch.cat(…, 1)"
+                        )
                     self._output = self._tensor_of[node.args[0]]
                 case _:
                     raise UnsupportedLayer(f"model: {node.target} is read as a bare tensor; make it part of a layer")

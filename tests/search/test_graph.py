@@ -304,7 +304,7 @@ class Shared(nn.Module):
         (Doubled(), (4,), "two different ones"),
         (Reshaped(), (4,), "only flattening is supported"),
         (LostMean(), (2, 3, 3), "no power of two"),
-        (Both(), (4,), "its output is also read inside|one tensor"),
+        (Both(), (4,), "must return one tensor that it computed; join several by torch.cat"),
         (nn.Sequential(nn.MaxPool2d(2, ceil_mode=True), nn.Flatten(), nn.Linear(4, 2)), (1, 4, 4), "ceil_mode=False"),
         (nn.Sequential(nn.Flatten(2), nn.Linear(4, 2)), (1, 2, 2), "only flattening is supported"),
         (nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2, track_running_stats=False)), (4,), "track_running_stats"),
