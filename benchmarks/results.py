@@ -52,8 +52,9 @@ def _row(folder: Path) -> dict[str, Any]:
 
 def _table(groups: dict[Key, list[dict[str, Any]]]) -> str:
     lines = [
-        "Test split; mean and standard deviation over seeds. The last column counts output codes of QKeras, csim",
-        "and, where the network was traced, RTL. Made by `python benchmarks/results.py build/results/*` after",
+        "Test split; mean and standard deviation over seeds. The last column counts output codes of QKeras, csim and,",
+        "where the network was traced, RTL, on the whole split, but of `resnet8_cifar` on its first 1,000 samples.",
+        "Made by `python benchmarks/results.py build/results/*` after",
         "`hmq-fpga sweep TASK --rw … --ra … --seeds 0 1 2 --out build/results/TASK`.",
         "",
         "| task | R_a | R_w asked | seeds | actual | float % | QNet % | difference | values that differ |",
