@@ -295,12 +295,15 @@ class QModel(nn.Module):
             observe: called with the name and the unquantized tensor of the input and of every activation.
         """
         grids = self._grids if grids is None else grids
-        values = self._parameters_by_site
+        if observe:
+            observe(INPUT, x)
+        values = {**self._parameters_by_site, INPUT: x}
         if names := [name for name in values if name in grids]:
             quantized = fake_quantize_all([values[name] for name in names], [grids[name] for name in names])
             values |= zip(names, quantized, strict=True)
 
-        origins: dict[str, tuple[Tensor, Grid | TrainedGrid]] = {}  # of quantized tensors
+        # What was quantized, and how, of the tensors that are held
+        origins: dict[str, tuple[Tensor, Grid | TrainedGrid]] = {INPUT: (x, grids[INPUT])} if INPUT in grids else {}
 
         def quantize(name: str, tensor: Tensor, *, relu: bool = False) -> Tensor:
             if observe:
@@ -310,7 +313,7 @@ class QModel(nn.Module):
             origins[name] = tensor, grids[name]
             return fake_quantize(tensor, grids[name], relu=relu)
 
-        tensors = {INPUT: quantize(INPUT, x)}
+        tensors = {INPUT: values[INPUT]}
         for node, layer, read in zip(self.nodes, self.layers, self._last_reads, strict=True):
             name, sources = node.name, [tensors[source] for source in node.sources]
             if isinstance(layer, Activation):

@@ -64,16 +64,15 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[2 : 2 + len(grads)]
         passed, by_grids = zip(
             *(
-                kernels.gradients(x, grad, *grid, ctx.floor)
-                for x, grad, grid in zip(ctx.saved_tensors, grads, ctx.grids, strict=True)
+                kernels.gradients(x, grad, *grid, ctx.floor) if ctx.trained or want else (None, None)
+                for x, grad, grid, want in zip(ctx.saved_tensors, grads, ctx.grids, wanted, strict=True)
             ),
             strict=True,
         )
-        if not ctx.trained:
-            return None, None, *passed
-        return None, None, *passed, *passed[0].new_tensor(by_grids).unbind()
+        return None, None, *passed, *(passed[0].new_tensor(by_grids).unbind() if ctx.trained else ())
 
 
 def fake_quantize_all(xs: Sequence[Tensor], grids: Sequence[Grid] | Sequence[TrainedGrid]) -> tuple[Tensor, ...]:
