@@ -6,8 +6,8 @@ The float step is that of a plain loop on the user's own model, BatchNorm includ
 comes. The search step is `find_scheme`'s, the fine-tuning step `finetune`'s: the loops of the package, timed from
 one call of the loss to the next. `fit` is the package's loop on the same float model. They take turns in one process,
 a block of steps each, and every turn gives one ratio; the table has the median and the quartiles of these. Memory is
-the highest sum of what PyTorch allocated and has not freed since the loop was entered, in the profiler's record of a
-few steps: gradients, optimizer state, activations and what the backward pass keeps; model and data are not in it.
+the highest sum of what PyTorch allocated and has not freed since the model was made, in the profiler's record of a
+few steps: model, gradients, optimizer state, activations and what the backward pass keeps; data are not in it.
 
 Times are processor time: on a machine that is shared, elapsed time is unfair to the longer step, which is interrupted.
 """

@@ -139,7 +139,8 @@ def cheapest_bits(costs: Sequence[Mapping[int, float]], sizes: Sequence[int], we
         sizes: elements per tensor.
         weight_rate: R_w.
     """
-    tensor, choice, cost = (np.array(column) for column in zip(*_choices(costs), strict=True))
+    rows = [(i, bits, cost) for i, choices in enumerate(costs) for bits, cost in choices.items()]
+    tensor, choice, cost = (np.array(column) for column in zip(*rows, strict=True))
     bits = np.array(sizes)[tensor] * choice / sum(sizes)  # mean bits per weight that each choice contributes
     one_each = LinearConstraint(tensor == np.arange(len(sizes))[:, None], 1, 1)
     most = FLOAT_BITS / weight_rate
@@ -155,7 +156,3 @@ def cheapest_bits(costs: Sequence[Mapping[int, float]], sizes: Sequence[int], we
     if x is None:
         raise AssertionError("Target checks that the smallest bit-widths reach the rate")
     return choice[x > 0.5].tolist()
-
-
-def _choices(costs: Sequence[Mapping[int, float]]) -> list[tuple[int, int, float]]:
-    return [(i, bits, cost) for i, tensor in enumerate(costs) for bits, cost in tensor.items()]

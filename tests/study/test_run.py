@@ -96,18 +96,19 @@ def test_finished_run_is_not_repeated(undisturbed, digits_file, own_model):
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
+def run_again(folder, data, own, tmp_path, *options):
+    """A copy of a finished run, gone over with other settings, and its record."""
+    again = tmp_path / folder.name
+    shutil.copytree(folder, again)
+    done = subprocess.run(command(again, data, own, "--json", *options), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return again, json.loads(done.stdout)
+
+
 def test_other_settings_of_the_verilog_repeat_only_what_they_touch(undisturbed, digits_file, own_model, tmp_path):
     folder, record = undisturbed
-    again = tmp_path / "undisturbed"
-    shutil.copytree(folder, again)
-    done = subprocess.run(
-        command(again, digits_file, own_model, "--json", "--latency-cutoff", "0"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    stages = json.loads(done.stdout)["stages"]
+    again, other = run_again(folder, digits_file, own_model, tmp_path, "--latency-cutoff", "0")
+    stages = other["stages"]
     repeated = {name for name in STAGES if stages[name] != record["stages"][name]}
     assert repeated == {"rtl", "parity"}
     cycles = [
@@ -121,21 +122,13 @@ def test_other_settings_of_the_verilog_repeat_only_what_they_touch(undisturbed, 
 def test_parity_on_some_samples(undisturbed, digits_file, own_model, tmp_path):
     """The back ends see the first ones only, accuracy is still that of the whole test split."""
     folder, record = undisturbed
-    again = tmp_path / "undisturbed"
-    shutil.copytree(folder, again)
-    done = subprocess.run(
-        command(again, digits_file, own_model, "--json", "--parity-samples", "30"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    again, other = run_again(folder, digits_file, own_model, tmp_path, "--parity-samples", "30")
     parity = json.loads((again / "parity.json").read_text())
     assert parity["samples"] == 30
     assert {simulator["values"] for simulator in parity["simulators"].values()} == {300}
     assert len((again / "hls" / "tb_data" / "tb_input_features.dat").read_text().splitlines()) == 30
     for name in ("float_accuracy", "qnet_accuracy"):
-        assert json.loads(done.stdout)["metrics"][name] == record["metrics"][name]
+        assert other["metrics"][name] == record["metrics"][name]
 
 
 def test_killed_in_every_stage_gives_the_same_network(undisturbed, digits_file, own_model, tmp_path):
