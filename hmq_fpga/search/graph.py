@@ -163,6 +163,14 @@ def _bias(layer: str) -> str:
     return f"{layer}.bias"
 
 
+def _channels_last(x: Tensor) -> Tensor:
+    """Images with the channels of a pixel side by side in memory, the order in which a CPU convolves them fastest.
+
+    All operations keep it. A single channel must be told by its strides.
+    """
+    return torch.empty_like(x, memory_format=torch.channels_last).copy_(x) if x.is_cpu and x.dim() == 4 else x
+
+
 def _linear(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     match layer:
         case nn.Linear():
@@ -295,6 +303,7 @@ class QModel(nn.Module):
             observe: called with the name and the unquantized tensor of the input and of every activation.
         """
         grids = self._grids if grids is None else grids
+        x = _channels_last(x)
         if observe:
             observe(INPUT, x)
         values = {**self._parameters_by_site, INPUT: x}

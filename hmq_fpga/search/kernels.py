@@ -37,9 +37,9 @@ def quantize(x: Tensor, step: float, lo: float, hi: float) -> Tensor:
     """`clip(step * round(x / step), lo, hi)`, ties to even, of `x` of any shape."""
     if not x.is_cpu:
         return _plain_quantize(x, step, lo, hi)
-    x = x.detach().contiguous()
+    x = _dense(x)
     y = torch.empty_like(x)
-    _over(_quantize, (x.numpy().ravel(), y.numpy().ravel()), (step, lo, hi))
+    _over(_quantize, (_values(x), _values(y)), (step, lo, hi))
     return y
 
 
@@ -52,11 +52,22 @@ def gradients(x: Tensor, grad: Tensor, step: float, lo: float, hi: float, floor:
     """
     if not x.is_cpu:
         return _plain_gradients(x, grad, step, lo, hi, floor)
-    x, grad = x.detach().contiguous(), grad.detach().contiguous()
+    x = _dense(x)
     passed = torch.empty_like(x)
-    arrays = (x.numpy().ravel(), grad.numpy().ravel(), passed.numpy().ravel())
-    parts = _over(_gradients, arrays, (step, lo, hi, floor))
+    grad = grad.detach() if grad.stride() == x.stride() else torch.empty_like(x).copy_(grad.detach())
+    parts = _over(_gradients, (_values(x), _values(grad), _values(passed)), (step, lo, hi, floor))
     return passed, [sum(part) for part in zip(*parts, strict=True)]
+
+
+def _dense(x: Tensor) -> Tensor:
+    """`x`, or a copy, without gaps between its values in memory, in whatever order its dimensions are."""
+    x = x.detach()
+    return x if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
+
+
+def _values(x: Tensor) -> Array:
+    """Of a dense tensor, in the order of memory."""
+    return x.as_strided((x.numel(),), (1,)).numpy()
 
 
 def _plain_quantize(x: Tensor, step: float, lo: float, hi: float) -> Tensor:

@@ -104,19 +104,21 @@ def _quantize(xs: Sequence[Tensor], grids: Sequence[Grid | TrainedGrid], *, relu
 def recomputed(y: Tensor, x: Tensor, grid: Grid | TrainedGrid) -> AbstractContextManager[None]:
     """Let operations inside keep `x`, as the quantizer does anyway, where they would keep `y = fake_quantize(x, grid)`.
 
-    Backward quantizes `x` again, which costs little beside the layer that reads it. Small tensors are kept, and those
+    `y` may have been flattened since. Backward quantizes `x` again, which costs little beside the layer that reads it. Small tensors are kept, and those
     of mixed precision, whose `x` was converted.
     """
     if y.numel() < RECOMPUTED or y.dtype != x.dtype or not torch.is_grad_enabled():
         return nullcontext()
     x, values = x.detach(), grid.values if isinstance(grid, TrainedGrid) else grid
-    address, size = y.data_ptr(), y.numel()
+    address, size, shape = y.data_ptr(), y.numel(), y.shape
 
     def pack(kept: Tensor) -> Any:
         return (kept.shape, kept.stride()) if (kept.data_ptr(), kept.numel()) == (address, size) else kept
 
     def unpack(packed: Any) -> Tensor:
-        return packed if isinstance(packed, Tensor) else kernels.quantize(x, *values).as_strided(*packed)
+        if isinstance(packed, Tensor):
+            return packed
+        return kernels.quantize(x, *values).reshape(shape).as_strided(*packed)
 
     return saved_tensors_hooks(pack, unpack)
 

@@ -13,6 +13,8 @@ from hmq_fpga.search import quantizers
 from hmq_fpga.search.calibrate import scheme_of
 from hmq_fpga.search.freeze import freeze, run_codes
 from hmq_fpga.search.instrument import instrument
+from hmq_fpga.search.quantizers import Grid
+from hmq_fpga.study.tasks import TASKS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
@@ -360,6 +362,21 @@ def test_bias_is_on_the_accumulators_grid():
     assert isinstance(op, network.Dense)
     frac = net.input.format.frac + op.weight_format.frac
     np.testing.assert_array_equal(op.bias, np.rint(layer.bias.detach().double().numpy() * 2.0**frac).astype(np.int64))
+
+
+@pytest.mark.parametrize("task", ["mnist_cnn", "resnet8_cifar", "dscnn_fsdd"])
+def test_images_have_their_channels_last(task):
+    """From layer to layer, past quantizers: a convolution that must reorder them takes half as long again."""
+    model = instrument(TASKS[task].build().eval(), (3, 32, 32) if "cifar" in task else (1, 28, 28))
+    grids = dict.fromkeys((site.name for site in model.sites), Grid(0.25, -2.0, 1.75))
+    seen = []
+
+    def observe(name: str, tensor: torch.Tensor) -> None:
+        if tensor.dim() == 4:
+            seen.append((name, tensor.stride(1)))
+
+    model(torch.randn(2, *model.input_shape), grids, observe)
+    assert len(seen) > 2 and {stride for _, stride in seen} == {1}, seen
 
 
 @pytest.mark.parametrize("mixed", [False, True])

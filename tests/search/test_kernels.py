@@ -26,12 +26,33 @@ def test_loops_are_the_plain_operations(grid, n, threads, monkeypatch):
     assert sums == pytest.approx(expected_sums, rel=1e-4, abs=1e-3)
 
 
-def test_any_layout():
-    x = torch.randn(4, 3, 5, 6).to(memory_format=torch.channels_last)
-    grad = torch.ones(()).expand(4, 3, 5, 6)
-    y, (passed, _) = kernels.quantize(x, *GRIDS[0][:3]), kernels.gradients(x, grad, *GRIDS[0])
+def in_order(*dims: int) -> torch.Tensor:
+    """`(4, 3, 5, 6)`, with dimensions in this order in memory."""
+    return torch.randn([(4, 3, 5, 6)[d] for d in dims]).permute([dims.index(d) for d in range(4)])
+
+
+LAYOUTS = {
+    "contiguous": lambda: in_order(0, 1, 2, 3),
+    "channels last": lambda: in_order(0, 2, 3, 1),
+    "batch last": lambda: in_order(1, 2, 3, 0),
+    "gaps": lambda: torch.randn(4, 3, 5, 12)[..., ::2],
+    "part": lambda: in_order(0, 2, 3, 1)[2:],
+    "one value": lambda: torch.randn(()).expand(4, 3, 5, 6),
+}
+
+
+@pytest.mark.parametrize("grad_layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout(layout, grad_layout):
+    x, grad = LAYOUTS[layout](), LAYOUTS[grad_layout]()
+    x, grad = x[: len(grad)], grad[: len(x)]
+    y, (passed, sums) = kernels.quantize(x, *GRIDS[0][:3]), kernels.gradients(x, grad, *GRIDS[0])
+    expected_passed, expected_sums = kernels._plain_gradients(x, grad, *GRIDS[0])
     assert (y == kernels._plain_quantize(x, *GRIDS[0][:3])).all()
-    assert (passed == kernels._plain_gradients(x, grad, *GRIDS[0])[0]).all()
+    assert (passed == expected_passed).all()
+    assert sums == pytest.approx(expected_sums, rel=1e-4, abs=1e-3)
+    if layout in ("contiguous", "channels last"):
+        assert y.stride() == passed.stride() == x.stride()
 
 
 def test_not_a_number_stays_one():
