@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from step_time import CASES, WARM_UP, Bench
 from torch import Tensor, nn
 
-from hmq_fpga.search.train import BETAS, Task
+from hmq_fpga.search.optimizer import BETAS
+from hmq_fpga.search.train import Task
 
 THRESHOLDS = 8
 WIDTHS = tuple(range(1, 9))

@@ -35,8 +35,9 @@ from hmq_fpga.ir.scheme import Scheme
 from hmq_fpga.ir.scheme import Tensor as SchemeTensor
 from hmq_fpga.search.instrument import instrument
 from hmq_fpga.search.methods import find_scheme
+from hmq_fpga.search.optimizer import BETAS
 from hmq_fpga.search.target import Target
-from hmq_fpga.search.train import BETAS, Budget, Task, finetune, fit
+from hmq_fpga.search.train import Budget, Task, finetune, fit
 from hmq_fpga.study.tasks import TASKS
 
 FOREVER = 10**6  # steps that a loop plans for: it is stopped long before, and never evaluates

@@ -1,4 +1,4 @@
-"""The arithmetic of a uniform quantizer: one pass over memory forward, one backward.
+"""The arithmetic of a uniform quantizer and of an optimizer: one pass over memory forward, one backward, one to step.
 
 On a CPU these are compiled loops, on other devices plain tensor operations.
 """
@@ -59,6 +59,29 @@ def gradients(x: Tensor, grad: Tensor, step: float, lo: float, hi: float, floor:
     return passed, [sum(part) for part in zip(*parts, strict=True)]
 
 
+def descend(
+    value: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    beta1: float,
+    beta2: float,
+    factor: float,
+    eps: float | None,
+) -> None:
+    """Adam's step on contiguous vectors, all changed in place; `grad` is zero afterwards.
+
+    `mean` and `square` are the running moments, `factor` the learning rate with all corrections. Without `eps` the
+    step is along `mean` as it is.
+    """
+    vectors = (value, grad, mean, square)
+    if not value.is_cpu:
+        _plain_descend(*vectors, beta1, beta2, factor, eps)
+        return
+    adaptive, eps = eps is not None, eps or 0.0
+    _over(_descend, tuple(v.detach().numpy() for v in vectors), (1 - beta1, 1 - beta2, factor, eps, adaptive))
+
+
 def _dense(x: Tensor) -> Tensor:
     """`x`, or a copy, without gaps between its values in memory, in whatever order its dimensions are."""
     x = x.detach()
@@ -84,6 +107,25 @@ def _plain_gradients(
     by_step = torch.dot(inside.flatten(), (level - value).flatten()) / step
     by_grid = torch.stack((by_step, grad.masked_fill(~below, 0).sum(), grad.masked_fill(~above, 0).sum()))
     return inside.masked_fill(x <= floor, 0), by_grid.tolist()
+
+
+def _plain_descend(
+    value: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    beta1: float,
+    beta2: float,
+    factor: float,
+    eps: float | None,
+) -> None:
+    mean.lerp_(grad, 1 - beta1)
+    square.lerp_(grad.square_(), 1 - beta2)
+    if eps is None:
+        value.add_(mean, alpha=-factor)
+    else:
+        value.addcdiv_(mean, torch.sqrt(square, out=grad).add_(eps), value=-factor)
+    grad.zero_()
 
 
 def _over(kernel: Callable[..., Any], arrays: tuple[Array, ...], numbers: tuple[float, ...]) -> list[Any]:
@@ -145,3 +187,24 @@ def _gradients(x: Array, grad: Array, passed: Array, step: float, lo: float, hi:
         by_lo += sums[1]
         by_hi += sums[2]
     return by_step, by_lo, by_hi
+
+
+@_loop
+def _descend(
+    value: Array,
+    grad: Array,
+    mean: Array,
+    square: Array,
+    new1: float,
+    new2: float,
+    factor: float,
+    eps: float,
+    adaptive: bool,
+) -> None:
+    real = value.dtype.type
+    new1, new2, factor, eps, zero = real(new1), real(new2), real(factor), real(eps), real(0)
+    for i in range(value.size):
+        mean[i] += new1 * (grad[i] - mean[i])
+        square[i] += new2 * (grad[i] * grad[i] - square[i])
+        grad[i] = zero
+        value[i] -= factor * (mean[i] / (np.sqrt(square[i]) + eps) if adaptive else mean[i])

@@ -104,8 +104,8 @@ def _quantize(xs: Sequence[Tensor], grids: Sequence[Grid | TrainedGrid], *, relu
 def recomputed(y: Tensor, x: Tensor, grid: Grid | TrainedGrid) -> AbstractContextManager[None]:
     """Let operations inside keep `x`, as the quantizer does anyway, where they would keep `y = fake_quantize(x, grid)`.
 
-    `y` may have been flattened since. Backward quantizes `x` again, which costs little beside the layer that reads it. Small tensors are kept, and those
-    of mixed precision, whose `x` was converted.
+    `y` may have been flattened since. Backward quantizes `x` again, which costs little beside the layer that reads it.
+    Small tensors are kept, and those of mixed precision, whose `x` was converted.
     """
     if y.numel() < RECOMPUTED or y.dtype != x.dtype or not torch.is_grad_enabled():
         return nullcontext()

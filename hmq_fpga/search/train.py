@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hmq_fpga.search.graph import QModel
+from hmq_fpga.search.optimizer import RAdam
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 History = dict[str, list[float]]
-BETAS = (0.9, 0.999)  # of RAdam, as in the paper
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,52 +117,6 @@ class Recorder:
         self.listener(step, steps, values)
 
 
-class FlatParameters:
-    """Parameters as parts of one vector, so that an optimizer's step is a few operations however many there are.
-
-    RAdam works element by element: training is that of the single parameters, also where one gets no gradient. A
-    parameter that learns at `rate` times the optimizer's learning rate is in the vector divided by `rate`, while its
-    gradient there is its own. After training `release` gives each parameter its own storage back.
-
-    Args:
-        parameters: those that learn at the optimizer's rate.
-        faster: others, with the ratio of their learning rate to the optimizer's.
-
-    Attributes:
-        vector: what to give to the optimizer.
-    """
-
-    def __init__(self, parameters: Iterable[nn.Parameter], faster: Mapping[nn.Parameter, float] | None = None) -> None:
-        self._faster = dict(faster or {})
-        self._parameters = [p for p in parameters if p.requires_grad] + list(self._faster)
-        rates = [self._faster.get(p, 1.0) for p in self._parameters]
-        values = [(p.detach() / rate).flatten() for p, rate in zip(self._parameters, rates, strict=True)]
-        self.vector = nn.Parameter(torch.cat(values))
-        self.vector.grad = torch.zeros_like(self.vector)
-        sizes = [p.numel() for p in self._parameters]
-        self._parts = self.vector.detach().split(sizes)
-        for parameter, value, grad in zip(self._parameters, self._parts, self.vector.grad.split(sizes), strict=True):
-            parameter.grad = grad.view_as(parameter)
-            if parameter not in self._faster:
-                parameter.data = value.view_as(parameter)
-
-    def step(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-        """One step of the optimizer along the gradient of `loss`."""
-        assert self.vector.grad is not None
-        self.vector.grad.zero_()
-        loss.backward()
-        optimizer.step()
-        for parameter, part in zip(reversed(self._parameters), reversed(self._parts), strict=True):
-            if parameter not in self._faster:
-                break
-            torch.mul(part.view_as(parameter), self._faster[parameter], out=parameter.data)
-
-    def release(self) -> None:
-        """End the sharing; the values stay."""
-        for parameter in self._parameters:
-            parameter.data, parameter.grad = parameter.data.clone(), None
-
-
 def batches(task: Task, steps: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
     """`steps` training batches, reshuffled each epoch; a last short batch is left out."""
     n, size = len(task.x_train), min(task.batch_size, len(task.x_train))
@@ -211,21 +165,19 @@ def fit(
     Raises:
         FloatingPointError: when the loss is no longer finite.
     """
-    flat = FlatParameters(model.parameters())
-    optimizer = torch.optim.RAdam([flat.vector], lr=learning_rate, betas=BETAS)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    optimizer = RAdam((model.parameters(), learning_rate))
     recorder = Recorder(listener)
     every = max(steps // 50, 1)
     model.train()
     for step, (x, y) in enumerate(batches(task, steps, torch.Generator().manual_seed(seed)), 1):
         loss = task.loss(model(x), y)
-        flat.step(optimizer, loss if penalty is None else loss + penalty(step - 1, steps))
-        schedule.step()
+        rate = (1 + math.cos(math.pi * (step - 1) / steps)) / 2
+        optimizer.step(loss if penalty is None else loss + penalty(step - 1, steps), rate)
         if step % every == 0 or step == steps:
             model.eval()
             recorder(step, steps, {"epoch": task.epoch(step), "loss": finite(loss), **evaluate(model, task)})
             model.train()
-    flat.release()
+    optimizer.release()
     model.eval()
     return recorder.history
 

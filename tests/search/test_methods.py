@@ -7,13 +7,15 @@ import torch
 
 from hmq_fpga.ir import cost, reference
 from hmq_fpga.ir.errors import InvalidInput
+from hmq_fpga.search import kernels
 from hmq_fpga.search.calibrate import max_thresholds_log2
 from hmq_fpga.search.freeze import freeze, run_codes
 from hmq_fpga.search.instrument import instrument
 from hmq_fpga.search.methods import METHODS, find_scheme
 from hmq_fpga.search.methods.hmq import HmqOptions, Schedule, missed_rate_slope
+from hmq_fpga.search.optimizer import BETAS, RAdam
 from hmq_fpga.search.target import Target, cheapest_bits, meets
-from hmq_fpga.search.train import Budget, FlatParameters, Recorder, evaluate, finetune, fit
+from hmq_fpga.search.train import Budget, Recorder, evaluate, finetune, fit
 
 
 def instrumented(mlp, digits):
@@ -198,28 +200,30 @@ def test_listener_hears_what_is_recorded(mlp, digits):
     assert set(Recorder().history) == set()
 
 
-def test_parameters_in_one_vector_train_as_single_ones(mlp, digits):
-    """Against PyTorch's optimizer on the parameters themselves, with a layer that gets no gradient."""
+@pytest.mark.parametrize("plain", [False, True])
+def test_optimizer_is_pytorchs(plain, mlp, digits, monkeypatch):
+    """Its RAdam on the single parameters, with a layer that gets no gradient and a second learning rate."""
+    if plain:
+        monkeypatch.setattr(kernels, "_descend", None)
+        monkeypatch.setattr(kernels, "descend", kernels._plain_descend)
     model = torch.nn.ModuleDict({"used": copy.deepcopy(mlp), "unused": torch.nn.Linear(2, 2)})
     model["scale"] = torch.nn.Linear(10, 1)  # learns faster
     oracle = copy.deepcopy(model)
 
     def groups(net):
         faster = set(net["scale"].parameters())
-        return [p for p in net.parameters() if p not in faster], list(faster)
+        return ([p for p in net.parameters() if p not in faster], 1e-3), (list(faster), 3e-2)
 
-    plain, faster = groups(model)
-    flat = FlatParameters(plain, dict.fromkeys(faster, 30.0))
-    vector_optimizer = torch.optim.RAdam([flat.vector], lr=1e-3)
-    plain, faster = groups(oracle)
-    optimizer = torch.optim.RAdam([{"params": plain, "lr": 1e-3}, {"params": faster, "lr": 3e-2}])
+    ours = RAdam(*groups(model))
+    expected = torch.optim.RAdam([{"params": members, "lr": rate} for members, rate in groups(oracle)], betas=BETAS)
     for x in digits.x_train[:640].split(64):
         losses = [net["scale"](net["used"](x)).square().mean() for net in (model, oracle)]
-        flat.step(vector_optimizer, losses[0])
-        optimizer.zero_grad()
+        ours.step(losses[0])
+        expected.zero_grad()
         losses[1].backward()
-        optimizer.step()
-    flat.release()
-    for ours, expected in zip(model.parameters(), oracle.parameters(), strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
-        assert ours.untyped_storage().nbytes() == 4 * ours.numel()
+        expected.step()
+    ours.release()
+    for parameter, other in zip(model.parameters(), oracle.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other, rtol=1e-5, atol=1e-5)
+        assert parameter.untyped_storage().nbytes() == 4 * parameter.numel()
+        assert parameter.grad is None

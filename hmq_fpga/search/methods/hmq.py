@@ -18,9 +18,10 @@ from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.ir.scheme import Scheme
 from hmq_fpga.search.calibrate import least_error_format, max_thresholds_log2, scheme_of
 from hmq_fpga.search.graph import QModel
+from hmq_fpga.search.optimizer import RAdam
 from hmq_fpga.search.quantizers import HMQ, THRESHOLDS, Grid, initial_gap
 from hmq_fpga.search.target import Target, activation_sites, cheapest_bits, meets, rate, weight_sites
-from hmq_fpga.search.train import BETAS, Budget, FlatParameters, History, Listener, Recorder, Task, batches, finite
+from hmq_fpga.search.train import Budget, History, Listener, Recorder, Task, batches, finite
 
 CYCLES = 6
 RISING_CYCLES = 4  # the targets reach their final values at the start of this one
@@ -121,8 +122,7 @@ def hmq(
 
     blocks = HMQ([s.signed for s in sites], [limits[s.name] for s in sites], bits(0)).to(task.x_train.device)
     logit_rate = options.logit_learning_rate or _logit_learning_rate(len(target.bits), steps)
-    flat = FlatParameters(model.parameters(), faster={blocks.logits: logit_rate / budget.learning_rate})
-    optimizer = torch.optim.RAdam([flat.vector], lr=budget.learning_rate, betas=BETAS)
+    optimizer = RAdam((model.parameters(), budget.learning_rate), ([blocks.logits], logit_rate))
     bits_of_pairs = (blocks.widths * sizes.unsqueeze(1)).flatten()
     recorder = Recorder(listener)
     noise = torch.Generator().manual_seed(seed)
@@ -139,7 +139,7 @@ def hmq(
         expected_bits = torch.dot(under.flatten(), bits_of_pairs)
         expected_rate = float_bits / expected_bits.item()
         pull = options.penalty * missed_rate_slope(expected_rate, weight_rate) / expected_bits.item()
-        flat.step(optimizer, task_loss + pull * expected_bits if pull else task_loss)
+        optimizer.step(task_loss + pull * expected_bits if pull else task_loss)
         if step % every == 0 or step == steps - 1:
             chosen_bits = [f.width for f in blocks.chosen()[: len(weights)]]
             recorder(
@@ -155,7 +155,7 @@ def hmq(
                     "temperature": temperature,
                 },
             )
-    flat.release()
+    optimizer.release()
     model.eval()
     formats = dict(zip(names, blocks.chosen(), strict=True))
     found_by: dict[str, Any] = {"method": "hmq", "logit_learning_rate": logit_rate}
