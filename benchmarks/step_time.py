@@ -168,8 +168,8 @@ def plain_loop(model: nn.Module, task: Task) -> None:
     """Train as a beginner's tutorial does."""
     optimizer = torch.optim.RAdam(model.parameters(), lr=1e-4, betas=BETAS)
     while True:
-        for x, y in zip(task.x_train.split(task.batch_size), task.y_train.split(task.batch_size), strict=True):
-            loss = task.loss(model(x), y)
+        for batch in torch.randperm(len(task.x_train)).split(task.batch_size):
+            loss = task.loss(model(task.x_train[batch]), task.y_train[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -19,7 +19,7 @@ from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.search import kernels
 
 THRESHOLDS = 9  # candidates per tensor: 2^M … 2^(M-8)
-RECOMPUTED = 1 << 17  # elements from which on a tensor is quantized again rather than kept
+RECOMPUTED = 1 << 14  # elements from which on a tensor is quantized again rather than kept
 INITIAL_SHARE = 0.9  # of the pair (largest threshold, largest bit-width) in the initial distribution
 
 
