@@ -11,9 +11,10 @@ from hypothesis import assume
 from hypothesis import strategies as st
 from torch import nn
 
-from hmq_fpga.ir.errors import UnsupportedLayer
+from hmq_fpga.ir.errors import InvalidInput, UnsupportedLayer
 from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.search.calibrate import scheme_of
+from hmq_fpga.search.freeze import freeze
 from hmq_fpga.search.graph import QModel
 from hmq_fpga.search.instrument import instrument
 from tests.strategies import EITHER, SEEDS
@@ -45,6 +46,18 @@ class Fork(nn.Module):
 
     def forward(self, x):
         return torch.cat((self.first(x), self.second(x)), 1)
+
+
+class Heads(nn.Module):
+    """Several outputs of one tensor; those of heads within them join the row."""
+
+    def __init__(self, *heads: nn.Module) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(heads)
+
+    def forward(self, x):
+        outputs = [head(x) for head in self.heads]
+        return tuple(y for output in outputs for y in (output if isinstance(output, tuple) else (output,)))
 
 
 class View(nn.Module):
@@ -101,16 +114,24 @@ class _Drawing:
         if self.dims:
             for _ in range(self.draw(st.integers(1, 3))):
                 self.block()
+            image, image_head = len(self.layers), None
+            if self.draw(st.integers(0, 5)) == 0:
+                image_head = self.pointwise(self.draw(st.integers(1, 3)))
             self.add(self.pick(nn.Flatten(), View(), Mean(self.dims)))
         for _ in range(self.draw(st.integers(0, 2))):
             self.add(nn.Linear(self.shape[0], self.draw(st.integers(1, 8)), bias=self.draw(EITHER)))
             if self.draw(EITHER):
                 self.add(nn.BatchNorm1d(self.shape[0]))
             self.activation()
-        self.add(nn.Linear(self.shape[0], self.draw(st.integers(1, 6))))
-        if self.draw(EITHER):
-            self.add(self.pick(nn.Softmax(-1), nn.Sigmoid(), Functional(torch.tanh)))
+        heads = [self.head() for _ in range(self.pick(1, 1, 1, 2, 3))]
+        self.layers.append(Heads(*heads) if len(heads) > 1 else heads[0])
+        if self.dims and image_head is not None:
+            self.layers[image:] = [Heads(nn.Sequential(*self.layers[image:]), image_head)]
         return nn.Sequential(*self.layers)
+
+    def head(self) -> nn.Module:
+        linear = nn.Linear(self.shape[0], self.draw(st.integers(1, 6)))
+        return nn.Sequential(linear, self.pick(nn.Identity(), nn.Softmax(-1), nn.Sigmoid(), Functional(torch.tanh)))
 
     def block(self) -> None:
         kind = self.pick("conv", "conv", "depthwise", "norm", "shortcut", "fork", "pad", "up")
@@ -205,8 +226,13 @@ def quantized_models(draw, *, streams: bool = False) -> Drawn:
     except UnsupportedLayer as error:
         assert "no power of two" in str(error)
         assume(False)
-    format_seed = draw(SEEDS)
-    return Drawn(randomly_formatted(quantized, format_seed, bits=(1, 8), thresholds=(-10, 6)), str(model))
+    randomly_formatted(quantized, draw(SEEDS), bits=(1, 8), thresholds=(-10, 6))
+    try:
+        freeze(quantized)
+    except InvalidInput as error:
+        assert "on one grid exceed" in str(error)
+        assume(False)
+    return Drawn(quantized, str(model))
 
 
 def randomly_formatted(model: QModel, seed: int, *, bits: tuple[int, int], thresholds: tuple[int, int]) -> QModel:

@@ -1,8 +1,10 @@
 """Hypothesis strategies for formats and small networks."""
 
 import numpy as np
+from hypothesis import reject
 from hypothesis import strategies as st
 
+from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Codes, Fixed, Reals
 from hmq_fpga.ir.network import (
     Add,
@@ -16,6 +18,7 @@ from hmq_fpga.ir.network import (
     LeakyRelu,
     MaxPool,
     Op,
+    Outputs,
     Pad,
     QNet,
     Quantize,
@@ -58,9 +61,11 @@ class _Drawing:
         sizes = self.draw(st.lists(st.integers(2, 6), min_size=1, max_size=2)) if image else []
         shape = (*sizes, self.draw(st.integers(1, 3 if image else 8)))
         self.ops.append(Input(name="x", shape=shape, format=self.format()))
+        trunks = []
         if image:
             for _ in range(self.draw(st.integers(1, 3))):
                 self.block()
+            trunks = [self.last]
             self.move()
             self.add(Flatten)
             if not isinstance(self.ops[-2], Quantize | MaxPool | Pad | Upsample):
@@ -72,7 +77,24 @@ class _Drawing:
             self.linear(Dense, (self.shape[0], self.draw(st.integers(1, 8))))
             if i < layers - 1:
                 self.quantize()
+        if self.draw(st.integers(0, 3)) == 0:
+            self.heads(self.draw(st.lists(st.sampled_from([*trunks, self.ops[-1].source]), min_size=1, max_size=2)))
         return QNet(tuple(self.ops))
+
+    def heads(self, trunks: list[str]) -> None:
+        """More outputs, of these tensors."""
+        outputs, shapes = [self.last], [self.shape_of(trunk) for trunk in trunks]
+        for trunk, (*sizes, channels) in zip(trunks, shapes, strict=True):
+            windows = {"stride": (1,) * len(sizes), "padding": ((0, 0),) * len(sizes)} if sizes else {}
+            shape = (*(1 for _ in sizes), channels, self.draw(st.integers(1, 4)))
+            self.linear(Conv if sizes else Dense, shape, source=trunk, **windows)
+            outputs.append(self.last)
+        self.add(Outputs, sources=tuple(outputs))
+        try:
+            QNet(tuple(self.ops))
+        except InvalidInput as error:
+            assert "on one grid exceed" in str(error)
+            reject()
 
     @property
     def last(self) -> str:
@@ -92,7 +114,8 @@ class _Drawing:
 
     def add(self, op: type[Op], **values) -> None:
         name = f"{op.__name__.lower()}{len(self.ops)}"
-        self.ops.append(op(name=name, **({} if "sources" in values else {"source": self.last}), **values))
+        read = {} if {"source", "sources"} & values.keys() else {"source": self.last}
+        self.ops.append(op(name=name, **read, **values))
 
     def quantize(self) -> None:
         self.add(Quantize, format=self.format())

@@ -17,7 +17,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
@@ -45,6 +45,7 @@ from hmq_fpga.ir.network import (
     Linear,
     MaxPool,
     Op,
+    Outputs,
     Pad,
     QNet,
     Quantize,
@@ -107,13 +108,15 @@ class HlsProject:
         folder: the project.
         top: name of the top function and of the files.
         digest: of the network that it was made from.
-        tensors: in network order, the input first and the output last.
+        tensors: in network order, the input first.
+        outputs: ops whose tensors the top function puts out, in the order of its arguments.
     """
 
     folder: Path
     top: str
     digest: str
     tensors: tuple[Tensor, ...]
+    outputs: tuple[str, ...]
     name: ClassVar[str] = "csim"
 
     @classmethod
@@ -178,7 +181,13 @@ class HlsProject:
                 clock_period=clock_ns,
             )
             _check_layers(net, graph)
-            project = cls(folder=new, top=project_name, digest=net.digest, tensors=_tensors(net, graph))
+            project = cls(
+                folder=new,
+                top=project_name,
+                digest=net.digest,
+                tensors=_tensors(net, graph),
+                outputs=tuple(op.name for op in net.outputs),
+            )
             _write(graph, project)
             _compare(expected_types(net), project.types())
             new.chmod(0o755)
@@ -202,7 +211,8 @@ class HlsProject:
                 Tensor(**{**t, "shape": tuple(t["shape"]), "format": Fixed.from_json(t["format"])})
                 for t in data["tensors"]
             )
-            return cls(folder=folder, top=data["top"], digest=data["digest"], tensors=tensors)
+            outputs = tuple(data.get("outputs", [tensors[-1].op]))
+            return cls(folder=folder, top=data["top"], digest=data["digest"], tensors=tensors, outputs=outputs)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InvalidInput(f"{folder}: not an hls4ml project of this package: {error}") from error
 
@@ -224,14 +234,35 @@ class HlsProject:
 
     def predict(self, x: npt.NDArray[np.float32]) -> Codes:
         """Output codes `(batch, *output shape)` for real inputs `(batch, *input shape)`, channels last."""
-        output, samples = self.tensors[-1], self._samples(x)
-        values = np.zeros((len(x), *output.shape))
+        samples, values = self._samples(x), [np.zeros((len(x), *port.shape)) for port in self.ports]
         with _no_leftovers():
-            for sample, result in zip(samples[:1], values[:1], strict=True):
-                self._call(self._library, sample, result)
-        for sample, result in zip(samples, values, strict=True):
-            self._call(self._library, sample, result)
-        return to_codes(values, output.format, output.op)
+            for i, sample in enumerate(samples[:1]):
+                self._call(sample, *(value[i] for value in values))
+        for i, sample in enumerate(samples):
+            self._call(sample, *(value[i] for value in values))
+        return self.output_codes(values)
+
+    @cached_property
+    def ports(self) -> tuple[Tensor, ...]:
+        """The tensors that the top function puts out."""
+        tensors = {t.op: t for t in self.tensors}
+        return tuple(tensors[name] for name in self.outputs)
+
+    def output_codes(self, values: Sequence[npt.NDArray[np.float64]]) -> Codes:
+        """Real values of each port, `(batch, *shape)`, as the network's output codes `(batch, *output shape)`.
+
+        Raises:
+            ParityError: when a value is not on its tensor's grid.
+        """
+        codes = [
+            to_codes(value, port.format, port.op) << self._output_frac - port.format.frac
+            for port, value in zip(self.ports, values, strict=True)
+        ]
+        return codes[0] if len(codes) == 1 else np.concatenate([code.reshape(len(code), -1) for code in codes], 1)
+
+    @property
+    def _output_frac(self) -> int:
+        return max(port.format.frac for port in self.ports)
 
     def trace(self, x: npt.NDArray[np.float32]) -> dict[str, Codes]:
         """Codes of every tensor by op name, from a copy of the project that hls4ml's own hooks are added to."""
@@ -240,7 +271,7 @@ class HlsProject:
         storage = (_TraceData * len(self._observed))()
         library.allocate_trace_storage(ctypes.c_size_t(8))
         for i, sample in enumerate(self._samples(x)):
-            self._call(library, sample, values[self.tensors[-1].op][i])
+            self._call(sample, *(values[port.op][i] for port in self.ports), library=library)
             library.collect_trace_output(storage)
             for entry in storage:
                 tensor = self._observed[entry.name.decode()]
@@ -262,7 +293,7 @@ class HlsProject:
         folder = self.folder / "tb_data"
         folder.mkdir(exist_ok=True)
         _write_rows(folder / "tb_input_features.dat", np.asarray(x, np.float32))
-        _write_rows(folder / "tb_output_predictions.dat", self.tensors[-1].format.decode(codes))
+        _write_rows(folder / "tb_output_predictions.dat", codes * 2.0**-self._output_frac)
 
     def _samples(self, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
         shape = self.tensors[0].shape
@@ -270,8 +301,9 @@ class HlsProject:
             raise InvalidInput(f"input of shape {x.shape[1:]}: the project takes finite values of shape {shape}")
         return np.ascontiguousarray(x, np.float32).astype(np.float64)
 
-    def _call(self, library: ctypes.CDLL, x: npt.NDArray[np.float64], result: npt.NDArray[np.float64]) -> None:
-        library[f"{self.top}_double"](x.ctypes, result.ctypes)
+    def _call(self, *arrays: npt.NDArray[np.float64], library: ctypes.CDLL | None = None) -> None:
+        """Run the top function on one sample: its input, and where each port's values go."""
+        (library or self._library)[f"{self.top}_double"](*(array.ctypes for array in arrays))
 
     def _first(self, variable: str) -> Tensor:
         return next(t for t in self.tensors if t.variable == variable)
@@ -351,9 +383,16 @@ def expected_types(net: QNet) -> Types:
                 exact = net.formats[op.name]
                 result = replace(exact, width=max(exact.width, exact.frac - _next_frac(net, op)))
                 types[op.name] = {"result": _exact_type(result), **_inner_types(net, op)}
+            case Outputs():  # its sources' ports
+                pass
             case _:
                 assert_never(op)
     return types
+
+
+def _layers(net: QNet) -> list[Op]:
+    """The ops that hardware computes."""
+    return [op for op in net.ops if not isinstance(op, Outputs)]
 
 
 def _inner_types(net: QNet, op: Op) -> dict[str, str]:
@@ -427,7 +466,7 @@ def _precisions(net: QNet) -> dict[str, dict[str, str]]:
     """The types in hls4ml's configuration, of every layer that the Keras model may become."""
     types = expected_types(net)
     layers: dict[str, dict[str, str]] = {}
-    for op in net.ops:
+    for op in _layers(net):
         result = {"result": types[op.name]["result"]}
         layers[layer_name(op)] = types[op.name]
         match op:
@@ -487,7 +526,7 @@ def _tensors(net: QNet, graph: Any) -> tuple[Tensor, ...]:
         RuntimeError: when a layer is not there, naming it.
     """
     tensors: dict[str, Tensor] = {}
-    for op in net.ops:
+    for op in _layers(net):
         node = graph.graph.get(f"{op.name}_values" if isinstance(op, Input) else op.name)
         format = net.formats[op.name]
         moved = isinstance(op, Flatten) or (isinstance(op, Quantize) and format == net.formats[op.source])
@@ -514,7 +553,7 @@ def _tensors(net: QNet, graph: Any) -> tuple[Tensor, ...]:
 
 def _check_layers(net: QNet, graph: Any) -> None:
     """Every layer is an op's, but for zero padding and copies of streams, which keep the type."""
-    known = {op.name for op in net.ops} | {f"{net.input.name}_values"}
+    known = {op.name for op in _layers(net)} | {f"{net.input.name}_values"}
     for name, node in graph.graph.items():
         if name in known:
             continue
@@ -535,7 +574,12 @@ def _write(graph: Any, project: HlsProject) -> None:
     _replace(project.folder / "hls4ml_config.yml", {**stamp, re.escape(config["OutputDir"]): "."})
     # The testbench writes results with 6 digits: too few to tell codes apart
     _replace(project.folder / f"{project.top}_test.cpp", {r"std::ofstream fout\(.*": r"\g<0>\n    fout.precision(17);"})
-    record = {"top": project.top, "digest": project.digest, "tensors": [asdict(t) for t in project.tensors]}
+    record = {
+        "top": project.top,
+        "digest": project.digest,
+        "outputs": project.outputs,
+        "tensors": [asdict(t) for t in project.tensors],
+    }
     (project.folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -30,6 +30,7 @@ from hmq_fpga.ir.network import (
     LeakyRelu,
     MaxPool,
     Op,
+    Outputs,
     Pad,
     QNet,
     Quantize,
@@ -151,7 +152,7 @@ def _luts(net: QNet, op: Op, ranges: Mapping[str, Ranges], live: Mask, fit: Sequ
             return positions * 0.5 * float(result.bits[live].sum())
         case Add():
             return positions * float(result.bits[live].sum())
-        case Input() | Pad() | Upsample() | Flatten() | Concat():
+        case Input() | Pad() | Upsample() | Flatten() | Concat() | Outputs():
             return 0.0
         case _:
             assert_never(op)
@@ -193,6 +194,13 @@ def _range(net: QNet, op: Op, ranges: Mapping[str, Ranges]) -> Ranges:
             if isinstance(op, Add):
                 return Ranges(first[0] + second[0], first[1] + second[1])
             return Ranges(np.concatenate([first[0], second[0]]), np.concatenate([first[1], second[1]]))
+        case Outputs():
+            sides = []
+            for name in op.sources:
+                shift = net.formats[op.name].frac - net.formats[name].frac
+                positions = math.prod(net.shapes[name][:-1])
+                sides.append([np.tile(side << shift, positions) for side in (ranges[name].lo, ranges[name].hi)])
+            return Ranges(*map(np.concatenate, zip(*sides, strict=True)))
         case _:
             assert_never(op)
 
@@ -210,6 +218,8 @@ def _reads(net: QNet, op: Op, live: Mask) -> list[Mask]:
             return [live.reshape(-1, net.shapes[op.source][-1]).any(axis=0)]
         case Concat():
             return np.split(live, [net.shapes[op.sources[0]][-1]])
+        case Outputs():
+            return [part.reshape(-1, part.shape[-1]).any(axis=0) for part in net.split(live[None]).values()]
         case _:
             return [live for _ in sources_of(op)]
 

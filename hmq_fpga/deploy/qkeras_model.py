@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmq_fpga.deploy.parity import to_codes
+from hmq_fpga.ir import reference
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Codes, Fixed
 from hmq_fpga.ir.network import (
@@ -30,6 +31,7 @@ from hmq_fpga.ir.network import (
     Linear,
     MaxPool,
     Op,
+    Outputs,
     Pad,
     QNet,
     Quantize,
@@ -60,9 +62,10 @@ def tensorflow() -> Any:
 def to_qkeras(net: QNet) -> Any:
     """The QKeras model of a network: real inputs `(batch, *input shape)` to real outputs, channels last.
 
-    A layer has the name of its op (see `layer_name`); a padding that is neither `valid` nor `same` is one more
-    layer, `<op>_padding`. Where float32 cannot hold every sum the model is float64 (see `float_type`): set
-    `tf.keras.backend.set_floatx("float64")` before loading such a model from a file.
+    Of a network with several outputs it gives a list of them. A layer has the name of its op (see `layer_name`); a
+    padding that is neither `valid` nor `same` is one more layer, `<op>_padding`. Where float32 cannot hold every sum
+    the model is float64 (see `float_type`): set `tf.keras.backend.set_floatx("float64")` before loading such a model
+    from a file.
 
     Raises:
         InvalidInput: where not even float64 is exact, or QKeras has no such quantizer; names the op.
@@ -132,11 +135,11 @@ class QKerasSimulator:
 
     def predict(self, x: npt.NDArray[np.float32]) -> Codes:
         """Output codes `(batch, *output shape)` for real inputs `(batch, *input shape)`."""
-        return self._run(x, [self.net.output])[self.net.output.name]
+        return self._run(x, self.net.outputs)[self.net.output.name]
 
     def trace(self, x: npt.NDArray[np.float32]) -> dict[str, Codes]:
         """Codes of every tensor by op name, for real inputs `(batch, *input shape)`."""
-        return self._run(x, self.net.ops)
+        return self._run(x, [op for op in self.net.ops if not isinstance(op, Outputs)])
 
     def _run(self, x: npt.NDArray[np.float32], ops: Sequence[Op]) -> dict[str, Codes]:
         # QKeras quantizes as x + (q - x), which rounds where |x| is many times |q|. Values beyond twice the
@@ -147,10 +150,13 @@ class QKerasSimulator:
             outputs = {op.name: self.model.get_layer(layer_name(op)).output for op in ops}
             model = keras.Model(self.model.input, outputs)
             batches = [model(x[i : i + BATCH]) for i in range(0, len(x), BATCH)]
-        return {
+        codes = {
             op.name: to_codes(np.concatenate([b[op.name] for b in batches]), self.net.formats[op.name], op.name)
             for op in ops
         }
+        if isinstance(self.net.output, Outputs):
+            codes[self.net.output.name] = reference.merge(self.net, self.net.output, codes)
+        return codes
 
 
 def _significant_bits(net: QNet, op: Op) -> int:
@@ -165,7 +171,7 @@ def _significant_bits(net: QNet, op: Op) -> int:
             return net.partial_sum_bits(op)
         case AvgPool() | LeakyRelu() | Add():
             return net.formats[op.name].width
-        case MaxPool() | Pad() | Upsample() | Flatten() | Concat():
+        case MaxPool() | Pad() | Upsample() | Flatten() | Concat() | Outputs():
             return 0
         case _:
             assert_never(op)
@@ -176,8 +182,10 @@ def _connected(net: QNet, keras: Any, dtype: FloatType) -> Any:
     tensors: dict[str, Any] = {}
     source = keras.Input(net.input.shape, dtype=dtype, name=f"{net.input.name}_values")
     for op in net.ops:
-        tensors[op.name] = _apply(net, op, tensors, source, keras, dtype)
-    return keras.Model(source, tensors[net.output.name])
+        if not isinstance(op, Outputs):
+            tensors[op.name] = _apply(net, op, tensors, source, keras, dtype)
+    outputs = [tensors[op.name] for op in net.outputs]
+    return keras.Model(source, outputs if len(outputs) > 1 else outputs[0])
 
 
 def _apply(net: QNet, op: Op, tensors: dict[str, Any], inputs: Any, keras: Any, dtype: FloatType) -> Any:

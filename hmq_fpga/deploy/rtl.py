@@ -56,6 +56,7 @@ from hmq_fpga.ir.network import (
     MaxPool,
     Merge,
     Op,
+    Outputs,
     Pad,
     Padding,
     QNet,
@@ -302,7 +303,7 @@ def _operations(net: QNet, op: Op) -> int:
             return values
         case MaxPool() | AvgPool():
             return values * math.prod(op.window)
-        case Input() | Pad() | Upsample() | Flatten() | Concat():
+        case Input() | Pad() | Upsample() | Flatten() | Concat() | Outputs():
             return 0
         case _:
             assert_never(op)
@@ -352,7 +353,7 @@ def _apply(net: QNet, op: Op, tensors: Mapping[str, FVArray]) -> FVArray:
         signed = np.full(op.shape, op.format.signed)
         integer = np.full(op.shape, op.format.width - op.format.signed)
         return FVArray.from_kif(signed, integer, np.zeros_like(integer), _HARDWARE, solver_options=_SOLVER)
-    if isinstance(op, Add | Concat):
+    if isinstance(op, Add | Concat | Outputs):
         return _merge(net, op, tensors)
     x = tensors[op.source]
     match op:
@@ -374,7 +375,7 @@ def _apply(net: QNet, op: Op, tensors: Mapping[str, FVArray]) -> FVArray:
             shape = math.prod(op.window), x.shape[-1]
             return _products(_columns(x, op), np.ones(shape, np.int64), np.zeros(shape[-1], np.int64))
         case LeakyRelu():
-            return _elementwise(lambda v: (v * 2.0**op.shift).max_of(v), x)
+            return _elementwise(lambda v: _leaky(v, op.shift), x)
         case Pad():
             return _pad(x, op.padding)
         case Upsample():
@@ -388,12 +389,13 @@ def _apply(net: QNet, op: Op, tensors: Mapping[str, FVArray]) -> FVArray:
             assert_never(op)
 
 
-def _merge(net: QNet, op: Merge, tensors: Mapping[str, FVArray]) -> FVArray:
+def _merge(net: QNet, op: Merge | Outputs, tensors: Mapping[str, FVArray]) -> FVArray:
     frac = net.formats[op.name].frac
-    first, second = (tensors[name] * 2.0 ** (frac - net.formats[name].frac) for name in op.sources)
+    sources = [tensors[name] * 2.0 ** (frac - net.formats[name].frac) for name in op.sources]
     if isinstance(op, Add):
-        return first + second
-    return _like(first, np.concatenate([np.asarray(first), np.asarray(second)], axis=-1))
+        return sources[0] + sources[1]
+    values = [np.asarray(x.reshape(-1) if isinstance(op, Outputs) else x) for x in sources]
+    return _like(sources[0], np.concatenate(values, axis=-1))
 
 
 def _products(columns: FVArray, weight: Codes, bias: Codes) -> FVArray:
@@ -415,6 +417,12 @@ def _product(x: FVArray, weight: Codes, bias: Codes) -> FVArray:
             sums = np.asarray(_like(x, row[varies]) @ weight[varies].astype(np.float64) + sums)
         rows.append(sums)
     return _like(x, np.array(rows, dtype=object).reshape(*x.shape[:-1], -1))
+
+
+def _leaky(value: FVariable, shift: int) -> FVariable:
+    """Code of a leaky ReLU. alkaid 0.8.2 gets a maximum wrong where the difference has no sign: above zero here."""
+    scaled = value * 2.0**shift
+    return scaled if value.low >= 0 else scaled.max_of(value)
 
 
 def _requantize(value: FVariable, source: Fixed, target: Fixed) -> FVariable:

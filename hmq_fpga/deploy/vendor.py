@@ -20,8 +20,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from hmq_fpga.deploy.hls import HlsProject, Tensor
-from hmq_fpga.deploy.parity import Parity, ParityError, check, to_codes
+from hmq_fpga.deploy.hls import HlsProject
+from hmq_fpga.deploy.parity import Parity, ParityError, check
 from hmq_fpga.deploy.report import Resources, canonical_part
 from hmq_fpga.deploy.toolchain import VITIS_HLS, VITIS_RUN, VIVADO, VIVADO_HLS, Tool, ToolFailed, ToolMissing, run
 from hmq_fpga.deploy.vendor_reports import read_cosim, read_csynth, read_vivado
@@ -126,13 +126,13 @@ class SimulationLog:
 
     Attributes:
         name: its key in a `Parity`.
-        path: one line per sample, values separated by spaces.
-        output: the tensor that they belong to.
+        path: for every sample a line per port, values separated by spaces.
+        project: whose simulation it was.
     """
 
     name: str
     path: Path
-    output: Tensor
+    project: HlsProject
 
     def predict(self, x: npt.NDArray[np.float32]) -> Codes:
         """Output codes `(batch, *output shape)`; `x` only says for how many samples.
@@ -141,11 +141,14 @@ class SimulationLog:
             InvalidInput: when the file is not that of so many samples.
             ParityError: when a value is not on the tensor's grid.
         """
-        values = read_rows(self.path, math.prod(self.output.shape))
-        if len(values) != len(x):
-            raise InvalidInput(f"{self.path}: outputs of {len(values)} samples, expected {len(x)}: the run broke off")
+        shapes = [port.shape for port in self.project.ports]
+        values = read_rows(self.path, *map(math.prod, shapes))
+        if len(values[0]) != len(x):
+            raise InvalidInput(
+                f"{self.path}: outputs of {len(values[0])} samples, expected {len(x)}: the run broke off"
+            )
         try:
-            return to_codes(values.reshape(len(x), *self.output.shape), self.output.format, self.output.op)
+            return self.project.output_codes([v.reshape(len(x), *s) for v, s in zip(values, shapes, strict=True)])
         except ParityError as error:
             raise ParityError(f"{self.path}: {error}") from error
 
@@ -271,7 +274,7 @@ def examine(folder: Path, net: QNet, steps: Sequence[Step], failure: str | None 
         timing = folder / "vivado_timing.rpt"
         read(routed, lambda: read_vivado(routed, target.top, timing if timing.exists() else None))
     simulators = [
-        SimulationLog(name=f"{target.vendor}_{step}", path=folder / name, output=project.tensors[-1])
+        SimulationLog(name=f"{target.vendor}_{step}", path=folder / name, project=project)
         for step, name in _SIMULATED.items()
         if step in steps and not (failure and not (folder / name).exists())
     ]
@@ -348,8 +351,10 @@ def _options(steps: Sequence[Step]) -> dict[str, bool]:
     }
 
 
-def read_rows(path: Path, columns: int) -> npt.NDArray[np.float64]:
-    """Numbers of a test bench's file, `(samples, columns)`.
+def read_rows(path: Path, *columns: int) -> list[npt.NDArray[np.float64]]:
+    """Numbers of a test bench's file with a line of so many for each port, over and over: `(samples, columns)` each.
+
+    Lines after the last complete sample are left out.
 
     Raises:
         InvalidInput: when it is not such a file, naming the line.
@@ -359,14 +364,17 @@ def read_rows(path: Path, columns: int) -> npt.NDArray[np.float64]:
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"{path}: not readable: {error}") from error
     rows: list[list[float]] = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(lines):
         try:
             rows.append([float(value) for value in line.split()])
         except ValueError as error:
-            raise InvalidInput(f"{path}: line {number}: {error}") from error
-        if len(rows[-1]) != columns:
-            raise InvalidInput(f"{path}: line {number} holds {len(rows[-1])} values, expected {columns}")
-    return np.array(rows).reshape(len(rows), columns)
+            raise InvalidInput(f"{path}: line {number + 1}: {error}") from error
+        if len(rows[-1]) != (expected := columns[number % len(columns)]):
+            raise InvalidInput(f"{path}: line {number + 1} holds {len(rows[-1])} values, expected {expected}")
+    samples = len(rows) // len(columns)
+    return [
+        np.array(rows[i : samples * len(columns) : len(columns)]).reshape(samples, n) for i, n in enumerate(columns)
+    ]
 
 
 def read_inputs(folder: Path, project: HlsProject) -> npt.NDArray[np.float32]:
@@ -376,7 +384,7 @@ def read_inputs(folder: Path, project: HlsProject) -> npt.NDArray[np.float32]:
         InvalidInput: when there are none.
     """
     path, shape = folder / "tb_data" / "tb_input_features.dat", project.tensors[0].shape
-    values = read_rows(path, math.prod(shape)) if path.exists() else np.empty(0)
+    (values,) = read_rows(path, math.prod(shape)) if path.exists() else [np.empty(0)]
     if not len(values):
         raise InvalidInput(f"{path}: no samples to simulate: the project was converted without data")
     return values.reshape(len(values), *shape).astype(np.float32)

@@ -176,6 +176,17 @@ class Concat:
     sources: tuple[str, str]
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Outputs:
+    """All outputs of a network that has several, each flattened, one after the other, on the finest of their grids.
+
+    The last op, and a description only: in hardware each of them has a port of its own.
+    """
+
+    name: str
+    sources: tuple[str, ...]
+
+
 Linear = Dense | Conv | DepthwiseConv | Scale
 Window = Conv | DepthwiseConv | MaxPool | AvgPool
 Merge = Add | Concat
@@ -194,6 +205,7 @@ Op = (
     | Flatten
     | Add
     | Concat
+    | Outputs
 )
 _OPS: Mapping[str, type[Op]] = {op.__name__: op for op in get_args(Op)}
 _BIAS = Fixed(signed=True, width=MAX_WIDTH, frac=0)  # with it, no sum of a linear op exceeds int64
@@ -207,7 +219,7 @@ def sources_of(op: Op) -> tuple[str, ...]:
     match op:
         case Input():
             return ()
-        case Add() | Concat():
+        case Add() | Concat() | Outputs():
             return op.sources
         case _:
             return (op.source,)
@@ -249,10 +261,19 @@ class QNet:
         read = {source for op in self.ops for source in sources_of(op)}
         if unread := [op.name for op in self.ops[:-1] if op.name not in read]:
             raise InvalidInput(f"op {unread[0]!r}: nothing reads its tensor")
+        self._check_outputs()
         for op in self.ops:
             with _naming(op):
                 _check(op)
         _ = self.formats, self.shapes
+
+    def _check_outputs(self) -> None:
+        for op in self.ops[:-1]:
+            if isinstance(op, Outputs):
+                raise InvalidInput(f"op {op.name!r}: lists outputs, so it must be the last")
+            for source in sources_of(op):
+                if isinstance(self.output, Outputs) and source in self.output.sources:
+                    raise InvalidInput(f"op {op.name!r}: reads {source!r}, which is an output of the network")
 
     def __getitem__(self, name: str) -> Op:
         for op in self.ops:
@@ -270,6 +291,11 @@ class QNet:
     def output(self) -> Op:
         """The last op: its tensor is the network's output."""
         return self.ops[-1]
+
+    @property
+    def outputs(self) -> tuple[Op, ...]:
+        """The ops whose tensors hardware puts out: the last one, or those that it lists."""
+        return tuple(self[name] for name in self.output.sources) if isinstance(self.output, Outputs) else (self.output,)
 
     @property
     def output_format(self) -> Fixed:
@@ -321,6 +347,12 @@ class QNet:
     def decode(self, codes: Codes) -> Reals:
         """Output codes to real values."""
         return self.output_format.decode(codes)
+
+    def split(self, outputs: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
+        """The single outputs by op name, each `(batch, *shape)`, of output codes or values `(batch, *output shape)`."""
+        shapes = [self.shapes[op.name] for op in self.outputs]
+        parts = np.split(outputs.reshape(len(outputs), -1), np.cumsum([math.prod(shape) for shape in shapes])[:-1], 1)
+        return {op.name: part.reshape(-1, *s) for op, part, s in zip(self.outputs, parts, shapes, strict=True)}
 
     @cached_property
     def digest(self) -> str:
@@ -425,6 +457,9 @@ def _check(op: Op) -> None:
         case Add() | Concat():
             if len(set(op.sources)) != 2:
                 raise InvalidInput(f"merges two different tensors, not {op.sources}")
+        case Outputs():
+            if len(op.sources) < 2 or len(set(op.sources)) != len(op.sources):
+                raise InvalidInput(f"lists two or more different tensors, not {op.sources}")
 
 
 _WEIGHT_DIMS: Mapping[type, tuple[int, ...]] = {Dense: (2,), Conv: (3, 4), DepthwiseConv: (2, 3), Scale: (1,)}
@@ -456,11 +491,11 @@ def _format(op: Op, formats: Mapping[str, Fixed]) -> Fixed:
         case LeakyRelu():
             source = formats[op.source]
             return Fixed.enclosing(source.lo, source.hi << op.shift, source.frac + op.shift)
-        case Add() | Concat():
+        case Add() | Concat() | Outputs():
             frac = max(formats[name].frac for name in op.sources)
             sources = [formats[name] for name in op.sources]
             if max(source.width + frac - source.frac for source in sources) >= MAX_WIDTH:
-                raise InvalidInput(f"{sources[0]} and {sources[1]} on one grid exceed {MAX_WIDTH} bits")
+                raise InvalidInput(f"{' and '.join(map(str, sources))} on one grid exceed {MAX_WIDTH} bits")
             los, his = zip(*((f.lo << frac - f.frac, f.hi << frac - f.frac) for f in sources), strict=True)
             both = (sum, sum) if isinstance(op, Add) else (min, max)
             return Fixed.enclosing(both[0](los), both[1](his), frac)
@@ -492,6 +527,8 @@ def _shape(op: Op, shapes: Mapping[str, Shape]) -> Shape:
         return op.shape
     if isinstance(op, Add | Concat):
         return _merged_shape(op, *(shapes[name] for name in op.sources))
+    if isinstance(op, Outputs):
+        return (sum(math.prod(shapes[name]) for name in op.sources),)
     source = shapes[op.source]
     match op:
         case Quantize() | LeakyRelu():

@@ -23,6 +23,7 @@ from hmq_fpga.ir.network import (
     MaxPool,
     Merge,
     Op,
+    Outputs,
     Pad,
     Padding,
     QNet,
@@ -68,8 +69,8 @@ def _execute(net: QNet, input_codes: Codes) -> dict[str, Codes]:
 def _apply(net: QNet, op: Op, tensors: Mapping[str, Codes]) -> Codes:
     if isinstance(op, Input):
         return tensors[op.name]
-    if isinstance(op, Add | Concat):
-        return _merge(net, op, tensors)
+    if isinstance(op, Add | Concat | Outputs):
+        return merge(net, op, tensors)
     x = tensors[op.source]
     result: Codes
     match op:
@@ -107,10 +108,17 @@ def _apply(net: QNet, op: Op, tensors: Mapping[str, Codes]) -> Codes:
             assert_never(op)
 
 
-def _merge(net: QNet, op: Merge, tensors: Mapping[str, Codes]) -> Codes:
+def merge(net: QNet, op: Merge | Outputs, tensors: Mapping[str, Codes]) -> Codes:
+    """What an op makes of several tensors, `(batch, *shape)` by op name, on its grid."""
     frac = net.formats[op.name].frac
-    first, second = (tensors[name] << frac - net.formats[name].frac for name in op.sources)
-    return first + second if isinstance(op, Add) else np.concatenate([first, second], axis=-1)
+    sources = [tensors[name] << frac - net.formats[name].frac for name in op.sources]
+    match op:
+        case Add():
+            return sources[0] + sources[1]
+        case Concat():
+            return np.concatenate(sources, axis=-1)
+        case Outputs():
+            return np.concatenate([source.reshape(len(source), -1) for source in sources], axis=-1)
 
 
 def _matmul(x: Codes, weight: Codes, partial_sum_bits: int) -> Codes:

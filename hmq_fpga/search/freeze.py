@@ -23,6 +23,7 @@ from hmq_fpga.search.graph import (
     Affine,
     AvgPool,
     Concat,
+    Join,
     Node,
     Pad,
     QModel,
@@ -50,7 +51,8 @@ def freeze(model: QModel) -> network.QNet:
         shapes[node.name] = node.shape
         ops.append(_freeze_layer(model, node, layer, orders[node.sources[0]]))
         orders[node.name] = _order(layer, [(orders[name], shapes[name]) for name in node.sources])
-    if orders[model.nodes[-1].name] is not None:
+    outputs = model.nodes[-1].sources if isinstance(model.layers[-1], Join) else (model.nodes[-1].name,)
+    if any(orders[name] is not None for name in outputs):
         raise UnsupportedLayer("model: its output is a flattened image; end with a Linear, or do not flatten")
     return network.QNet(tuple(ops))
 
@@ -96,6 +98,8 @@ def _freeze_layer(model: QModel, node: Node, layer: nn.Module, order: Order) -> 
             return network.Add(name=name, sources=node.sources)
         case Concat():
             return network.Concat(name=name, sources=node.sources)
+        case Join():
+            return network.Outputs(name=name, sources=node.sources)
         case _:
             raise AssertionError(f"instrument() made a layer that freeze() does not know: {layer}")
 
@@ -114,6 +118,8 @@ def _order(layer: nn.Module, sources: list[tuple[Order, tuple[int, ...]]]) -> Or
             return np.concatenate(
                 [np.arange(n) if first is None else first, n + (np.arange(m) if second is None else second)]
             )
+        case Join():
+            return None
         case Add() if not np.array_equal(*(np.arange(n) if o is None else o for o, (n, *_) in sources)):
             raise UnsupportedLayer("model: adds a flattened image to features of another order; flatten after adding")
         case _:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -148,6 +148,26 @@ class Concat(nn.Module):
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         """`(batch, channels, …)`, of one shape but for the channels."""
         return torch.cat((first, second), 1)
+
+
+class Join(nn.Module):
+    """Several outputs as one tensor; see `joined`."""
+
+    def forward(self, *outputs: Tensor) -> Tensor:
+        """Each `(batch, …)`."""
+        return joined(outputs)
+
+
+def joined(outputs: Tensor | Sequence[Tensor]) -> Tensor:
+    """What a model returns as one tensor: its only output, or all values of several in a row, `(batch, values)`.
+
+    Each of several is flattened with its channels last, as hardware has them.
+    """
+    if isinstance(outputs, Tensor):
+        return outputs
+    if len(outputs) == 1:
+        return outputs[0]
+    return torch.cat([output.movedim(1, -1).flatten(1) for output in outputs], 1)
 
 
 LINEAR_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, Affine)

@@ -25,6 +25,7 @@ from hmq_fpga.search.graph import (
     Affine,
     AvgPool,
     Concat,
+    Join,
     Node,
     Pad,
     QModel,
@@ -389,16 +390,11 @@ class _Builder:
                     if "shape" in node.meta:  # others compute sizes
                         self._tensor_of[node] = self._add(node)
                 case "output":
-                    if not isinstance(node.args[0], fx.Node) or self._tensor_of.get(node.args[0], INPUT) == INPUT:
-                        raise UnsupportedLayer(
-                            "model: forward must return one tensor that it computed; join several by torch.cat(…, 1)"
-                        )
-                    self._output = self._tensor_of[node.args[0]]
+                    self._return(node.args[0])
                 case _:
                     raise UnsupportedLayer(f"model: {node.target} is read as a bare tensor; make it part of a layer")
         if not any(isinstance(layer, LINEAR_LAYERS) for layer in self._layers.values()):
             raise UnsupportedLayer("model: no Linear and no convolution in it, so there is no weight to quantize")
-        self._require_last(self._output)
         for name, high in self._clips.items():
             self._settle_clip(name, high)
         for name, layer in self._layers.items():
@@ -406,9 +402,23 @@ class _Builder:
                 self._settle_mean(name, layer)
         return QModel(self._input_shape, self._layers, self._nodes.values(), self._sites, self._notes)
 
-    def _require_last(self, output: str) -> None:
-        if output != next(reversed(self._nodes)):
-            raise UnsupportedLayer("model: its output is also read inside; return the last tensor that it computes")
+    def _return(self, result: Any) -> None:
+        """End with the tensor that `forward` returns, or with several in a row."""
+        returned = list(result) if isinstance(result, tuple | list) else [result]
+        outputs = [self._tensor_of.get(node, INPUT) if isinstance(node, fx.Node) else INPUT for node in returned]
+        if not outputs or INPUT in outputs:
+            raise UnsupportedLayer("model: forward must return a tensor that it computed, or a tuple of such")
+        if len(set(outputs)) < len(outputs):
+            raise UnsupportedLayer(f"model: returns {self._nodes[outputs[-1]].path!r} more than once; return it once")
+        read = {source for node in self._nodes.values() for source in node.sources}
+        if inside := read.intersection(outputs):
+            path = self._nodes[inside.pop()].path
+            raise UnsupportedLayer(f"model: its output {path!r} is also read inside; return tensors that nothing reads")
+        if len(outputs) > 1:
+            size = sum(math.prod(self._nodes[name].shape) for name in outputs)
+            name = self._free("outputs")
+            self._place(Node(name=name, sources=tuple(outputs), path="outputs", shape=(size,)), Join())
+            self._notes.append(f"{len(outputs)} outputs, each with a port of its own: {', '.join(outputs)}")
 
     # operations
 
@@ -521,7 +531,10 @@ class _Builder:
         """A C identifier close to the user's name; a module that is called twice gives two of them."""
         raw = re.sub(r"\W", "_", self._described(node)[0]).strip("_")
         kind = "relu" if isinstance(layer, Activation | _Clip) else type(layer).__name__.lower()
-        base = raw if raw[:1].isalpha() else f"{kind}_{raw}"
+        return self._free(raw if raw[:1].isalpha() else f"{kind}_{raw}")
+
+    def _free(self, base: str) -> str:
+        """A name that no tensor has yet."""
         name, n = base, 1
         while name in self._layers or name == INPUT:
             name, n = f"{base}_{n}", n + 1

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hmq_fpga.search.graph import QModel
+from hmq_fpga.search.graph import QModel, joined
 from hmq_fpga.search.optimizer import RAdam
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -27,6 +27,7 @@ class Task:
             `(n, *output shape)` of a regression.
         x_val, y_val: validation split.
         custom_loss: mean loss of a batch of outputs and targets; None: cross entropy, of a regression squared error.
+            Of a model with several outputs it gets them side by side, `(batch, values)`; see `graph.joined`.
         batch_size: samples per optimizer step.
     """
 
@@ -132,7 +133,7 @@ def batches(task: Task, steps: int, generator: torch.Generator) -> Iterator[tupl
 @torch.no_grad()
 def evaluate(model: Callable[[Tensor], Tensor], task: Task) -> dict[str, float]:
     """Loss, and of classes the accuracy, on the validation split."""
-    outputs = torch.cat([model(batch) for batch in task.x_val.split(1024)])
+    outputs = torch.cat([joined(model(batch)) for batch in task.x_val.split(1024)])
     return {"val_loss": float(task.loss(outputs, task.y_val)), **task.accuracies("val", outputs, task.y_val)}
 
 
@@ -170,7 +171,7 @@ def fit(
     every = max(steps // 50, 1)
     model.train()
     for step, (x, y) in enumerate(batches(task, steps, torch.Generator().manual_seed(seed)), 1):
-        loss = task.loss(model(x), y)
+        loss = task.loss(joined(model(x)), y)
         rate = (1 + math.cos(math.pi * (step - 1) / steps)) / 2
         optimizer.step(loss if penalty is None else loss + penalty(step - 1, steps), rate)
         if step % every == 0 or step == steps:

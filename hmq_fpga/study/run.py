@@ -30,6 +30,7 @@ from hmq_fpga.ir.network import QNet
 from hmq_fpga.ir.scheme import Scheme
 from hmq_fpga.search.describe import description
 from hmq_fpga.search.freeze import freeze, run_codes
+from hmq_fpga.search.graph import Join, QModel, joined
 from hmq_fpga.search.instrument import instrument
 from hmq_fpga.search.methods import find_scheme, make_options
 from hmq_fpga.search.target import Target
@@ -223,7 +224,7 @@ class _Run:
 
     def check(self) -> None:
         """Find unsupported layers, unreachable targets and data of another shape before anything is trained."""
-        check_output(self.config.task, self.instrumented().nodes[-1].shape, self.dataset)
+        check_output(self.config.task, self.instrumented(), self.dataset)
 
     def instrumented(self) -> Any:
         """The current float model with its sites, checked against the target."""
@@ -436,7 +437,7 @@ class _Run:
         _load(self.model, self.folder / "float.pt")
         self.model.eval()
         with torch.no_grad():
-            outputs = torch.cat([self.model(batch) for batch in torch.from_numpy(dataset.x_test).split(1024)])
+            outputs = torch.cat([joined(self.model(batch)) for batch in torch.from_numpy(dataset.x_test).split(1024)])
         net = QNet.load(self.folder / "qnet")
         quantized = net.decode(reference.run(net, channels_last(dataset.x_test)))
         return {
@@ -536,14 +537,20 @@ def load_weights(model: nn.Module, path: Path) -> None:
         ) from error
 
 
-def check_output(task: str, output: tuple[int, ...], dataset: Dataset) -> None:
+def check_output(task: str, model: QModel, dataset: Dataset) -> None:
     """Raise `InvalidInput` when a model's output, channels first, is not what the data ask for."""
+    output = model.nodes[-1].shape
     if dataset.regression:
         if output != dataset.y_train.shape[1:]:
             raise InvalidInput(
                 f"{task}: the model's output is {output}, but the targets are {dataset.y_train.shape[1:]}"
             )
         return
+    if isinstance(model.layers[-1], Join):
+        raise InvalidInput(
+            f"{task}: the model has {len(model.nodes[-1].sources)} outputs and the data have classes: give real "
+            f"targets for all of them in a row, (n, {output[0]}), or a loss of your own by the API"
+        )
     classes = 1 + int(max(dataset.y_train.max(), dataset.y_val.max(), dataset.y_test.max()))
     if len(output) != 1 or output[0] < classes:
         raise InvalidInput(f"{task}: the model's output is {output}, but the data have {classes} classes")

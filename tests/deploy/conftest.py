@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from hmq_fpga.ir.network import QNet
+from hmq_fpga.ir.network import Outputs, QNet
 from tests.deploy.networks import Builder, scheme
 
 
@@ -42,6 +42,20 @@ def cnn() -> QNet:
         .dense("fc", 3, scheme(signed=True, bits=4, m=0))
         .net
     )
+
+
+@pytest.fixture(scope="session")
+def heads() -> QNet:
+    """Three outputs of different shapes and grids: an image, logits, and a quantized pair that is not negative."""
+    trunk = Builder((4, 3, 2), scheme(signed=True, bits=5, m=1), seed=5).conv(
+        "conv", (3, 3), 3, scheme(signed=True, bits=4, m=-1), padding=((1, 1), (1, 1))
+    )
+    trunk.quantize("relu", scheme(signed=False, bits=4, m=1))
+    trunk.conv("mask", (1, 1), 2, scheme(signed=True, bits=3, m=1))
+    trunk.flatten("flat", source="relu").dense("logits", 4, scheme(signed=True, bits=4, m=-2))
+    trunk.dense("pair", 2, scheme(signed=True, bits=3, m=0), source="flat")
+    trunk.quantize("positive", scheme(signed=False, bits=3, m=3))
+    return QNet((*trunk.ops, Outputs(name="outputs", sources=("mask", "logits", "positive"))))
 
 
 @pytest.fixture(scope="session")

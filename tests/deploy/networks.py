@@ -22,7 +22,7 @@ class Builder:
         return QNet(tuple(self.ops))
 
     def _add(self, op, name, **fields):
-        self.ops.append(op(name=name, source=self.ops[-1].name, **fields))
+        self.ops.append(op(name=name, **{"source": self.ops[-1].name, **fields}))
         return self
 
     def _linear(self, op, name, shape, format_, bias, **fields):
@@ -30,15 +30,16 @@ class Builder:
         biases = self.rng.integers(-bias, bias, shape[-1], endpoint=True)
         return self._add(op, name, weight=weight, weight_format=format_, bias=biases, **fields)
 
-    def dense(self, name, outputs, format_, *, bias=40):
-        return self._linear(Dense, name, (self.net.shapes[self.ops[-1].name][-1], outputs), format_, bias)
+    def dense(self, name, outputs, format_, *, bias=40, source=None):
+        source = source or self.ops[-1].name
+        return self._linear(Dense, name, (self._shape(source)[-1], outputs), format_, bias, source=source)
 
     def conv(self, name, kernel, filters, format_, *, stride=(1, 1), padding=((0, 0), (0, 0)), bias=40):
-        shape = (*kernel, self.net.shapes[self.ops[-1].name][-1], filters)
+        shape = (*kernel, self._shape(self.ops[-1].name)[-1], filters)
         return self._linear(Conv, name, shape, format_, bias, stride=stride, padding=padding)
 
     def depthwise(self, name, kernel, format_, *, stride=(1, 1), padding=((0, 0), (0, 0)), bias=40):
-        shape = (*kernel, self.net.shapes[self.ops[-1].name][-1])
+        shape = (*kernel, self._shape(self.ops[-1].name)[-1])
         return self._linear(DepthwiseConv, name, shape, format_, bias, stride=stride, padding=padding)
 
     def quantize(self, name, format_):
@@ -47,5 +48,13 @@ class Builder:
     def pool(self, name, window, stride=None):
         return self._add(MaxPool, name, window=window, stride=stride or window)
 
-    def flatten(self, name="flat"):
-        return self._add(Flatten, name)
+    def flatten(self, name="flat", source=None):
+        return self._add(Flatten, name, source=source or self.ops[-1].name)
+
+    def _shape(self, name):
+        """Of a tensor, whether or not others are read yet."""
+        ops, wanted = [], name
+        for op in reversed(self.ops):
+            if op.name == wanted:
+                ops, wanted = [op, *ops], getattr(op, "source", None)
+        return QNet(tuple(ops)).shapes[name]

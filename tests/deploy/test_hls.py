@@ -34,6 +34,8 @@ PROJECTS = {
         "cnn",
         {"io_type": "io_stream", "layers": {"uneven": LayerSettings(strategy="distributed_arithmetic")}},
     ),
+    "heads-parallel": ("heads", {}),
+    "heads-stream": ("heads", {"io_type": "io_stream"}),
 }
 
 

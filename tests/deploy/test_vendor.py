@@ -366,7 +366,7 @@ def test_the_generated_test_bench_writes_what_is_read_here(vitis, mlp, tmp_path)
     sources = ["myproject_test.cpp", "firmware/myproject.cpp"]
     command = ["g++", "-std=c++11", "-w", f'-DWEIGHTS_DIR="{weights}"', "-Ifirmware/ap_types", *sources, "-o", "bench"]
     subprocess.run(command, cwd=project, check=True)
-    log = SimulationLog(name="csim", path=project / "tb_data" / "csim_results.log", output=vitis.tensors[-1])
+    log = SimulationLog(name="csim", path=project / "tb_data" / "csim_results.log", project=vitis)
     x = read_inputs(project, vitis)
     subprocess.run(["./bench"], cwd=project, check=True, stdout=subprocess.DEVNULL)
     assert check(mlp, [log], x).passed
@@ -374,6 +374,24 @@ def test_the_generated_test_bench_writes_what_is_read_here(vitis, mlp, tmp_path)
     bias.write_text(", ".join(f"{float(v) + 1}" for v in bias.read_text().split(",")))
     subprocess.run(["./bench"], cwd=project, check=True, stdout=subprocess.DEVNULL)
     assert check(mlp, [log], x).simulators["csim"].mismatches == 60
+
+
+def test_a_test_bench_of_several_outputs_writes_a_line_for_each(heads, samples, tmp_path):
+    project = HlsProject.create(heads, tmp_path / "hls")
+    x = samples(heads, 5)
+    project.write_tb_data(x, reference.run(heads, x))
+    sources = ["myproject_test.cpp", "firmware/myproject.cpp"]
+    weights = f'-DWEIGHTS_DIR="{project.folder}/firmware/weights"'
+    command = ["g++", "-std=c++11", "-w", weights, "-Ifirmware/ap_types", *sources, "-o", "bench"]
+    subprocess.run(command, cwd=project.folder, check=True)
+    subprocess.run(["./bench"], cwd=project.folder, check=True, stdout=subprocess.DEVNULL)
+    path = project.folder / "tb_data" / "csim_results.log"
+    log = SimulationLog(name="csim", path=path, project=project)
+    assert check(heads, [log], read_inputs(project.folder, project)).passed
+    assert len(path.read_text().splitlines()) == 3 * len(x)
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(InvalidInput, match=f"outputs of {len(x) - 1} samples, expected {len(x)}"):
+        log.predict(x)
 
 
 # --- Elsewhere and back

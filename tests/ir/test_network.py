@@ -27,6 +27,7 @@ from hmq_fpga.ir.network import (
     Linear,
     MaxPool,
     Op,
+    Outputs,
     Pad,
     QNet,
     Quantize,
@@ -179,6 +180,8 @@ def after_relu(op: type[Op], **values: Any) -> tuple[Op, ...]:
         (after_relu(Add, sources=("relu", "fc")), "must read earlier"),
         (after_relu(Add, sources=("x", "relu")), "cannot merge"),
         (after_relu(Concat, sources=("x", "relu")), "cannot merge"),
+        (after_relu(Outputs, sources=("relu",)), "two or more different tensors"),
+        (after_relu(Outputs, sources=("relu", "relu")), "two or more different tensors"),
         (
             after_relu(Scale, weight=np.ones(3, np.int64), weight_format=WEIGHT, bias=np.zeros(3, np.int64)),
             "takes 3",
@@ -199,6 +202,15 @@ def after_relu(op: type[Op], **values: Any) -> tuple[Op, ...]:
 def test_what_is_wrong_with_further_ops_is_named(ops: tuple[Op, ...], message: str) -> None:
     with pytest.raises(InvalidInput, match=f"op 'new': .*{message}"):
         QNet(ops)
+
+
+def test_outputs_are_what_nothing_else_reads() -> None:
+    both = Outputs(name="both", sources=("relu", "new"))
+    (*ops, reader) = after_relu(Quantize, format=relu().format)
+    with pytest.raises(InvalidInput, match="op 'new': reads 'relu', which is an output"):
+        QNet((*ops, reader, both))
+    with pytest.raises(InvalidInput, match="op 'both': lists outputs, so it must be the last"):
+        QNet((*ops, replace(both, sources=("x", "relu")), Flatten(name="flat", source="both")))
 
 
 def test_grids_too_far_apart_are_not_merged() -> None:

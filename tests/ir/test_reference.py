@@ -25,6 +25,7 @@ from hmq_fpga.ir.network import (
     Linear,
     MaxPool,
     Op,
+    Outputs,
     Pad,
     Padding,
     QNet,
@@ -108,6 +109,8 @@ def slowly(op: Op, xs: list[Values], shape: tuple[int, ...], frac: int) -> Value
         case Concat():
             channels = 1 + max(p[-1] for p in x)
             return {(*p, j): x[(*p, j)] if j < channels else xs[1][(*p, j - channels)] for *p, j in positions}
+        case Outputs():
+            return {(i,): value for i, value in enumerate(value for x in xs for _, value in sorted(x.items()))}
     raise AssertionError(op)
 
 

@@ -12,6 +12,7 @@ from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.search import quantizers
 from hmq_fpga.search.calibrate import scheme_of
 from hmq_fpga.search.freeze import freeze, run_codes
+from hmq_fpga.search.graph import joined
 from hmq_fpga.search.instrument import instrument
 from hmq_fpga.search.quantizers import Grid
 from hmq_fpga.study.tasks import TASKS
@@ -103,7 +104,23 @@ def flattened(model):
     return model
 
 
+class Heads(nn.Module):
+    """A mask, logits and a box, as detectors have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+        self.mask = nn.Conv2d(4, 3, 1)
+        self.logits = nn.Sequential(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 5))
+        self.box = nn.Sequential(nn.Flatten(), nn.Linear(48, 2), nn.ReLU())
+
+    def forward(self, x):
+        x = self.body(x)
+        return torch.sigmoid(self.mask(x)), self.logits(x), self.box(x)
+
+
 MODELS = {
+    "heads": (Heads, (2, 4, 3)),
     "residual": (Residual, (2, 5, 3)),
     "branches": (Branches, (3, 9)),
     "mobile": (Mobile, (2, 7, 8)),
@@ -207,15 +224,35 @@ def test_float_model_is_unchanged(name):
     model(torch.randn(16, *shape))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     x = torch.randn(20, *shape)
-    expected = model.eval()(x)
+    expected = joined(model.eval()(x))
     actual = instrument(model, shape)(x)
     final = {
         "residual": lambda y: F.log_softmax(y, 1),
         "branches": lambda y: F.softmax(y, 1),
         "autoencoder": torch.sigmoid,
+        "heads": lambda y: torch.cat((torch.sigmoid(y[:, :36]), y[:, 36:]), 1),
     }
     torch.testing.assert_close(final.get(name, lambda y: y)(actual), expected, atol=1e-5, rtol=1e-5)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_outputs_of_a_network_that_has_several():
+    """All in a row, channels last; each by itself with its shape."""
+    torch.manual_seed(0)
+    quantized = randomly_formatted(instrument(Heads().eval(), (2, 4, 3)), 0, (3, 8))
+    assert "3 outputs, each with a port of its own: mask, logits_2, box_2" in quantized.notes
+    net = freeze(quantized)
+    assert [op.name for op in net.outputs] == ["mask", "logits_2", "box_2"]
+    codes = reference.run(net, np.random.default_rng(0).normal(size=(7, 4, 3, 2)))
+    outputs = net.split(codes)
+    assert {name: output.shape for name, output in outputs.items()} == {
+        "mask": (7, 4, 3, 3),
+        "logits_2": (7, 5),
+        "box_2": (7, 2),
+    }
+    np.testing.assert_array_equal(np.concatenate([o.reshape(7, -1) for o in outputs.values()], 1), codes)
+    lone = freeze(randomly_formatted(instrument(nn.Linear(6, 5), (6,)), 0, (3, 8)))
+    assert list(lone.split(np.zeros((7, 5)))) == [op.name for op in lone.outputs]
 
 
 def test_sites_and_notes_name_the_users_layers():
@@ -272,6 +309,23 @@ class Both(Shift):
         return self.fc(x), x
 
 
+class Twice(Shift):
+    def forward(self, x):
+        x = self.fc(x)
+        return [x, x.relu(), x]
+
+
+class ReadInside(Shift):
+    def forward(self, x):
+        x = self.fc(x)
+        return x, x.relu()
+
+
+class Named(Shift):
+    def forward(self, x):
+        return {"x": self.fc(x)}
+
+
 class LostMean(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -306,7 +360,10 @@ class Shared(nn.Module):
         (Doubled(), (4,), "two different ones"),
         (Reshaped(), (4,), "only flattening is supported"),
         (LostMean(), (2, 3, 3), "no power of two"),
-        (Both(), (4,), "must return one tensor that it computed; join several by torch.cat"),
+        (Both(), (4,), "must return a tensor that it computed, or a tuple of such"),
+        (Named(), (4,), "must return a tensor that it computed, or a tuple of such"),
+        (Twice(), (4,), "'fc' more than once"),
+        (ReadInside(), (4,), "'fc' is also read inside"),
         (nn.Sequential(nn.MaxPool2d(2, ceil_mode=True), nn.Flatten(), nn.Linear(4, 2)), (1, 4, 4), "ceil_mode=False"),
         (nn.Sequential(nn.Flatten(2), nn.Linear(4, 2)), (1, 2, 2), "only flattening is supported"),
         (nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2, track_running_stats=False)), (4,), "track_running_stats"),

@@ -33,5 +33,13 @@ def own_model(tmp_path_factory):
         "def mirror():\n"
         "    conv = [nn.Conv2d(1, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Upsample(scale_factor=2)]\n"
         "    return nn.Sequential(*conv, nn.Conv2d(4, 1, 3, padding=1), nn.Sigmoid())\n"
+        "class Heads(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.body = nn.Sequential(nn.Linear(64, 12), nn.ReLU())\n"
+        "        self.mean, self.halves = nn.Linear(12, 1), nn.Linear(12, 2)\n"
+        "    def forward(self, x):\n"
+        "        x = self.body(x)\n"
+        "        return self.mean(x), self.halves(x)\n"
     )
     return path

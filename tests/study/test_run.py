@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from hmq_fpga.deploy.hls import HlsProject
+from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.network import QNet
 from hmq_fpga.ir.scheme import Scheme
 from hmq_fpga.search.train import ignore
@@ -269,3 +270,25 @@ def test_an_image_autoencoder_is_a_regression(own_model, digits_file, tmp_path):
     page = (tmp_path / "run" / "report.html").read_text()
     assert "squared error" in page
     assert "4 removed" in page
+
+
+def test_several_outputs_are_a_regression_of_all_in_a_row(own_model, digits_file, tmp_path):
+    with np.load(digits_file) as archive:
+        splits = {split: archive[f"x_{split}"].reshape(-1, 64)[:150] for split in ("train", "test")}
+    targets = {
+        split: np.stack([x.mean(1), x[:, :32].mean(1), x[:, 32:].mean(1)], 1, dtype=np.float32)
+        for split, x in splits.items()
+    }
+    arrays = {f"x_{split}": x for split, x in splits.items()} | {f"y_{split}": y for split, y in targets.items()}
+    np.savez(tmp_path / "means.npz", **arrays)
+    steps = {"float_steps": 100, "search_steps": 150, "finetune_steps": 20, "estimate": "trace"}
+    task = {"task": f"{own_model}:Heads", "rw": 4}
+    record = run(make_config({**task, **steps, "data": tmp_path / "means.npz", "out": tmp_path / "run"}), Quiet())
+    assert record["metrics"]["parity_passed"]
+    parity = json.loads((tmp_path / "run" / "parity.json").read_text())
+    values = {name: simulator["values"] for name, simulator in parity["simulators"].items()}
+    assert values == dict.fromkeys(("qkeras", "csim", "trace"), 150 * 3)
+    net = QNet.load(tmp_path / "run" / "qnet")
+    assert [net.shapes[op.name] for op in net.outputs] == [(1,), (2,)]
+    with pytest.raises(InvalidInput, match=r"2 outputs and the data have classes: give real targets .*\(n, 3\)"):
+        run(make_config({**task, **steps, "data": digits_file, "out": tmp_path / "classes"}), Quiet())
