@@ -487,7 +487,8 @@ class _Builder:
             size = math.prod(node.shape)
             self._sites.append(Site(name=node.name, kind="activation", size=size, signed=not layer.relu))
             (source,) = node.sources
-            if isinstance(self._layers.get(source), nn.Flatten) and self._is_read_once(source):
+            flat = isinstance(self._layers.get(source), nn.Flatten)
+            if flat and (self._is_read_once(source) or self._is_read_by_linears(source)):
                 return self._place_before_flatten(node, layer, source)
         self._layers[node.name], self._nodes[node.name] = layer, node
         return node.name
@@ -503,6 +504,14 @@ class _Builder:
 
     def _is_read_once(self, tensor: str) -> bool:
         return all(len(node.users) == 1 for node, made in self._tensor_of.items() if made == tensor)
+
+    def _is_read_by_linears(self, tensor: str) -> bool:
+        users = {user for node, made in self._tensor_of.items() if made == tensor for user in node.users}
+        return all(
+            user.op == "call_module" and isinstance(self._modules[user.target], nn.Linear)
+            for user in users
+            if self._tensor_of.get(user) != tensor
+        )
 
     def _merge(self, node: fx.Node, where: str, kind: type[nn.Module], sources: list[str]) -> str:
         given = list(node.args[0]) if kind is Concat and isinstance(node.args[0], tuple | list) else list(node.args)

@@ -93,7 +93,11 @@ _LABELS = {
 
 
 class _LazyWriter:
-    """Writes TensorBoard scalars; makes the log's folder with the first one."""
+    """Writes TensorBoard scalars; makes the log's folder with the first one.
+
+    In this thread: a signal that interrupts the run could leave tensorboardX's own `SummaryWriter`, which hands events
+    to another thread, waiting for ever.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -101,12 +105,17 @@ class _LazyWriter:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         if self._writer is None and self._folder.parent.parent.is_dir():
-            from tensorboardX import SummaryWriter
+            from tensorboardX.event_file_writer import EventsWriter
 
-            self._writer = SummaryWriter(str(self._folder))
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._writer = EventsWriter(str(self._folder / "events"))
         if self._writer is not None:
+            from tensorboardX.proto.event_pb2 import Event
+            from tensorboardX.summary import scalar
+
             for key, value in values.items():
-                self._writer.add_scalar(key, value, step)
+                self._writer.write_event(Event(wall_time=time.time(), step=step, summary=scalar(key, value)))
+            self._writer.flush()
 
     def close(self) -> None:
         if self._writer is not None:

@@ -255,6 +255,32 @@ def test_outputs_of_a_network_that_has_several():
     assert list(lone.split(np.zeros((7, 5)))) == [op.name for op in lone.outputs]
 
 
+@pytest.mark.parametrize("flatten", [nn.Flatten(), nn.Sequential(nn.Flatten(), nn.Dropout())])
+def test_what_several_heads_read_is_rounded_before_it_is_flattened(flatten):
+    """hls4ml's streams cannot do it afterwards."""
+
+    class Split(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.flatten = nn.Conv2d(1, 2, 2), flatten
+            self.first, self.second = nn.Linear(8, 3), nn.Linear(8, 2)
+
+        def forward(self, x):
+            x = self.flatten(self.body(x))
+            return self.first(x), self.second(x)
+
+    model = instrument(Split().eval(), (1, 3, 3))
+    assert [(type(layer).__name__, node.sources) for node, layer in zip(model.nodes, model.layers, strict=True)][
+        1:
+    ] == [
+        ("Activation", ("body",)),
+        ("Flatten", (model.nodes[1].name,)),
+        ("Linear", (model.nodes[2].name,)),
+        ("Linear", (model.nodes[2].name,)),
+        ("Join", ("first", "second")),
+    ]
+
+
 def test_sites_and_notes_name_the_users_layers():
     model = instrument(Functional(), (2, 6, 6), input_signed=False)
     assert [(s.name, s.kind, s.size, s.signed) for s in model.sites] == [

@@ -292,3 +292,14 @@ def test_several_outputs_are_a_regression_of_all_in_a_row(own_model, digits_file
     assert [net.shapes[op.name] for op in net.outputs] == [(1,), (2,)]
     with pytest.raises(InvalidInput, match=r"2 outputs and the data have classes: give real targets .*\(n, 3\)"):
         run(make_config({**task, **steps, "data": digits_file, "out": tmp_path / "classes"}), Quiet())
+
+
+def test_curves_for_tensorboard(undisturbed):
+    """As TensorBoard itself reads them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    curves = EventAccumulator(str(undisturbed[0] / "tensorboard" / "search")).Reload()
+    assert {"loss", "temperature", "rate_actual"} <= set(curves.Tags()["scalars"])
+    steps = [point.step for point in curves.Scalars("loss")]
+    assert steps == sorted(steps)
+    assert steps[-1] == 300
