@@ -3,11 +3,12 @@
     python benchmarks/step_time.py --json --case mlp_b64
 
 The float step is that of a plain loop on the user's own model, BatchNorm included, with PyTorch's own RAdam as it
-comes. The search step is `find_scheme`'s, the fine-tuning step `finetune`'s: the loops of the package, timed from
-one call of the loss to the next. `fit` is the package's loop on the same float model. They take turns in one process,
-a block of steps each, and every turn gives one ratio; the table has the median and the quartiles of these. Memory is
-the highest sum of what PyTorch allocated and has not freed since the model was made, in the profiler's record of a
-few steps: model, gradients, optimizer state, activations and what the backward pass keeps; data are not in it.
+comes; `channels_last` is that loop with model and batches in this order of memory. The search step is
+`find_scheme`'s, the fine-tuning step `finetune`'s: the loops of the package, timed from one call of the loss to the
+next. `fit` is the package's loop on the same float model. They take turns in one process, a block of steps each, and
+every turn gives one ratio; the table has the median and the quartiles of these. Memory is the highest sum of what
+PyTorch allocated and has not freed since the model was made, in the profiler's record of a few steps: model, gradients,
+optimizer state, activations and what the backward pass keeps; data are not in it.
 
 Times are processor time: on a machine that is shared, elapsed time is unfair to the longer step, which is interrupted.
 """
@@ -41,7 +42,7 @@ from hmq_fpga.search.train import Budget, Task, finetune, fit
 from hmq_fpga.study.tasks import TASKS
 
 FOREVER = 10**6  # steps that a loop plans for: it is stopped long before, and never evaluates
-LOOPS = ("float", "search", "finetune", "fit")
+LOOPS = ("float", "search", "finetune", "fit", "channels_last")
 WARM_UP = 3  # steps of a block that do not count
 
 
@@ -125,6 +126,8 @@ class Bench:
         if name == "float":
             model = self.case.build()
             return lambda task: plain_loop(model, task)
+        if name == "channels_last":
+            return lambda task: plain_loop(self.case.build(), task, order=torch.channels_last)
         if name == "fit":
             model = self.case.build()
             return lambda task: fit(model, task, steps=FOREVER, learning_rate=1e-4, seed=0)
@@ -164,12 +167,15 @@ class Bench:
         return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
-def plain_loop(model: nn.Module, task: Task) -> None:
+def plain_loop(model: nn.Module, task: Task, order: torch.memory_format = torch.contiguous_format) -> None:
     """Train as a beginner's tutorial does."""
+    images = task.x_train.dim() == 4
+    model = model.to(memory_format=order) if images else model
     optimizer = torch.optim.RAdam(model.parameters(), lr=1e-4, betas=BETAS)
     while True:
         for batch in torch.randperm(len(task.x_train)).split(task.batch_size):
-            loss = task.loss(model(task.x_train[batch]), task.y_train[batch])
+            x = task.x_train[batch].contiguous(memory_format=order) if images else task.x_train[batch]
+            loss = task.loss(model(x), task.y_train[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -187,7 +193,7 @@ def measure(case: Case, turns: int | None = None, threads: int | None = None) ->
     peaks = {name: bench.peak(name) for name in ("float", "search", "finetune")}
     result: dict[str, Any] = {"threads": torch.get_num_threads(), "turns": len(rounds)}
     result["float_ms"] = 1e3 * statistics.median(r["float"] for r in rounds)
-    for name in ("search", "finetune", "fit"):
+    for name in LOOPS[1:]:
         ratios = sorted(r[name] / r["float"] for r in rounds)
         low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
         result |= {name: statistics.median(ratios), f"{name}_quartiles": [low, high]}
@@ -220,14 +226,12 @@ def main() -> None:
 def table(results: dict[str, Any]) -> str:
     """Markdown."""
     lines = [
-        "| case | search / float | fine-tuning / float | `fit` / float | memory, search | fine-tuning | float, ms |"
+        "| case | search / float | fine-tuning / float | `fit` / float | `channels_last` / float | memory, search "
+        "| fine-tuning | float, ms |"
     ]
-    lines.append("|" + "---|" * 7)
+    lines.append("|" + "---|" * 8)
     for name, r in results.items():
-        times = " | ".join(
-            f"{r[k]:.2f} ({r[f'{k}_quartiles'][0]:.2f}–{r[f'{k}_quartiles'][1]:.2f})"
-            for k in ("search", "finetune", "fit")
-        )
+        times = " | ".join(f"{r[k]:.2f} ({r[f'{k}_quartiles'][0]:.2f}–{r[f'{k}_quartiles'][1]:.2f})" for k in LOOPS[1:])
         lines.append(f"| `{name}` | {times} | {r['memory']:.2f} | {r['memory_finetune']:.2f} | {r['float_ms']:.2f} |")
     return "\n".join(lines)
 
