@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from hmq_fpga.ir.cost import Step, moments
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.ir.scheme import Kind, Scheme
-from hmq_fpga.search.quantizers import Grid, TrainedGrid, fake_quantize, fake_quantize_all, recomputed
+from hmq_fpga.search.quantizers import Grid, TrainedGrid, fake_quantize, fake_quantize_all, quantized_linear, recomputed
 
 INPUT = "input"
 
@@ -234,9 +235,18 @@ class QModel(nn.Module):
         ]
         readers = {source: i for i, node in enumerate(self.nodes) for source in node.sources}
         self._last_reads = [[name for name, last in readers.items() if last == i] for i in range(len(self.nodes))]
+        self._dense = self._of_dense_layers()
         self._formats: dict[str, Fixed] = {}
         self._grids: dict[str, Grid] = {}
         self._steps: dict[str, float] = {}
+
+    def _of_dense_layers(self) -> set[str]:
+        """Weights and biases of dense layers, and what has a format and is read by one dense layer alone."""
+        dense = [node for node, layer in zip(self.nodes, self.layers, strict=True) if isinstance(layer, nn.Linear)]
+        made = {node.name for node, layer in zip(self.nodes, self.layers, strict=True) if isinstance(layer, Activation)}
+        reads = Counter(source for node in self.nodes for source in node.sources)
+        lone = {source for node in dense for source in node.sources if source in {INPUT, *made} and reads[source] == 1}
+        return lone.union(*((weight_site(node.name), _bias(node.name)) for node in dense))
 
     @property
     def formats(self) -> Mapping[str, Fixed]:
@@ -326,40 +336,50 @@ class QModel(nn.Module):
         x = _channels_last(x)
         if observe:
             observe(INPUT, x)
+        # What dense layers quantize for themselves, by name
+        dense = () if observe or torch.is_autocast_enabled(x.device.type) else self._dense
         values = {**self._parameters_by_site, INPUT: x}
-        if names := [name for name in values if name in grids]:
+        if names := [name for name in values if name in grids and name not in dense]:
             quantized = fake_quantize_all([values[name] for name in names], [grids[name] for name in names])
             values |= zip(names, quantized, strict=True)
 
-        # What was quantized, and how, of the tensors that are held
-        origins: dict[str, tuple[Tensor, Grid | TrainedGrid]] = {INPUT: (x, grids[INPUT])} if INPUT in grids else {}
-
-        def quantize(name: str, tensor: Tensor, *, relu: bool = False) -> Tensor:
-            if observe:
-                observe(name, tensor)
-            if name not in grids:
-                return tensor
-            origins[name] = tensor, grids[name]
-            return fake_quantize(tensor, grids[name], relu=relu)
-
         tensors = {INPUT: values[INPUT]}
+        relus: set[str] = set()  # that a dense layer is to apply
+        origins: dict[str, tuple[Tensor, Grid | TrainedGrid]] = {}  # what tensors were quantized from, and how
+        if INPUT in grids and INPUT not in dense:
+            origins[INPUT] = x, grids[INPUT]
         for node, layer, read in zip(self.nodes, self.layers, self._last_reads, strict=True):
             name, sources = node.name, [tensors[source] for source in node.sources]
             if isinstance(layer, Activation):
                 fused = layer.relu and layer.limit_log2 is None and name in grids and not observe
-                tensors[name] = quantize(name, *(sources if fused else [layer(*sources)]), relu=fused)
+                tensor = sources[0] if fused else layer(*sources)
+                if observe:
+                    observe(name, tensor)
+                if name in dense:
+                    relus |= {name} if fused else set()
+                elif name in grids:
+                    origins[name] = tensor, grids[name]
+                    tensor = fake_quantize(tensor, grids[name], relu=fused)
+                tensors[name] = tensor
+                del tensor
             else:
-                origin = origins.get(node.sources[0]) if len(sources) == 1 else None
+                source = node.sources[0]
+                origin = origins.get(source) if len(sources) == 1 else None
                 with recomputed(*sources, *origin) if origin else nullcontext():
                     if isinstance(layer, LINEAR_LAYERS):
-                        weight, bias = values[weight_site(name)], values[_bias(name)]
-                        tensors[name] = _linear(layer, *sources, weight, bias)
+                        sites = weight_site(name), _bias(name)
+                        parameters = [values[site] for site in sites]
+                        if sites[0] in dense:
+                            its_grids = [grids.get(site) if site in dense else None for site in (source, *sites)]
+                            tensors[name] = quantized_linear(*sources, *parameters, its_grids, relu=source in relus)
+                        else:
+                            tensors[name] = _linear(layer, *sources, *parameters)
                     else:
                         tensors[name] = layer(*sources)
                 if origin and isinstance(layer, nn.Flatten):
                     origins[name] = origin
             del sources
-            for tensor in read:
-                del tensors[tensor]
-                origins.pop(tensor, None)
+            for done in read:
+                del tensors[done]
+                origins.pop(done, None)
         return tensors[self.nodes[-1].name]

@@ -43,8 +43,12 @@ def quantize(x: Tensor, step: float, lo: float, hi: float) -> Tensor:
     return y
 
 
-def gradients(x: Tensor, grad: Tensor, step: float, lo: float, hi: float, floor: float) -> tuple[Tensor, list[float]]:
+def gradients(
+    x: Tensor, grad: Tensor, step: float, lo: float, hi: float, floor: float, *, spend: bool = False
+) -> tuple[Tensor, list[float]]:
     """What `quantize` of `max(x, floor)` passes back of `grad`, with a straight-through rounding.
+
+    `spend`: `grad` is not needed any more, its memory may become the result's.
 
     Returns:
         The gradient of `x`: `grad` where the rounded level lies within `lo … hi`, else zero; and those of `step`, `lo`
@@ -53,9 +57,10 @@ def gradients(x: Tensor, grad: Tensor, step: float, lo: float, hi: float, floor:
     if not x.is_cpu:
         return _plain_gradients(x, grad, step, lo, hi, floor)
     x = _dense(x)
-    passed = torch.empty_like(x)
     grad = grad.detach() if grad.stride() == x.stride() else torch.empty_like(x).copy_(grad.detach())
-    parts = _over(_gradients, (_values(x), _values(grad), _values(passed)), (step, lo, hi, floor))
+    passed = grad if spend else torch.empty_like(x)
+    arrays, grid = (_values(x), _values(grad), _values(passed)), (step, lo, hi, floor)
+    parts = _over(_gradients_in_place, arrays[:2], grid) if spend else _over(_gradients, arrays, grid)
     return passed, [sum(part) for part in zip(*parts, strict=True)]
 
 
@@ -159,7 +164,7 @@ def _quantize(x: Array, y: Array, step: float, lo: float, hi: float) -> None:
         y[i] = level
 
 
-@_loop
+@njit(inline="always", **_OPTIONS)  # so that what is written in place is known to be
 def _gradients_of_block(x: Array, grad: Array, passed: Array, step: float, lo: float, hi: float, floor: float) -> Sums:
     zero = x.dtype.type(0)
     by_step = by_lo = by_hi = zero
@@ -183,6 +188,20 @@ def _gradients(x: Array, grad: Array, passed: Array, step: float, lo: float, hi:
     for start in range(0, x.size, BLOCK):
         block = slice(start, min(start + BLOCK, x.size))
         sums = _gradients_of_block(x[block], grad[block], passed[block], real(step), real(lo), real(hi), real(floor))
+        by_step += sums[0]
+        by_lo += sums[1]
+        by_hi += sums[2]
+    return by_step, by_lo, by_hi
+
+
+@_loop
+def _gradients_in_place(x: Array, grad: Array, step: float, lo: float, hi: float, floor: float) -> Sums:
+    real = x.dtype.type
+    by_step = by_lo = by_hi = 0.0
+    for start in range(0, x.size, BLOCK):
+        block = slice(start, min(start + BLOCK, x.size))
+        part = grad[block]
+        sums = _gradients_of_block(x[block], part, part, real(step), real(lo), real(hi), real(floor))
         by_step += sums[0]
         by_lo += sums[1]
         by_hi += sums[2]

@@ -101,6 +101,53 @@ def _quantize(xs: Sequence[Tensor], grids: Sequence[Grid | TrainedGrid], *, relu
     return _FakeQuantize.apply(values, relu, *xs, *trained)
 
 
+class _QuantizedLinear(torch.autograd.Function):
+    """`F.linear` of an input, a weight and a bias, each quantized or not; keeps these, and quantizes them again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, grids: Sequence[Grid | None], relu: bool, x: Tensor, weight: Tensor, bias: Tensor, *trained: Tensor
+    ) -> Tensor:
+        """`trained`: of the grids that are not None, if they are trained, their tensors."""
+        ctx.save_for_backward(x, weight, bias)
+        ctx.grids, ctx.floor, ctx.trained = grids, 0.0 if relu else -math.inf, bool(trained)
+        return torch.addmm(_on(grids[2], bias), _on(grids[0], x), _on(grids[1], weight).t())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight, bias), (of_x, of_weight, of_bias) = ctx.saved_tensors, ctx.grids
+
+        # The weight first, whose gradient is small once the input is given up again
+        by_weight, weight_grid = _passed(weight, grad.t() @ _on(of_x, x), of_weight)
+        by_bias, bias_grid = _passed(bias, grad.sum(0), of_bias)
+        by_x, x_grid = None, None
+        if ctx.needs_input_grad[2] or (ctx.trained and of_x):
+            by_x, x_grid = _passed(x, grad @ _on(of_weight, weight), of_x, ctx.floor)
+        by_grids = [by_grid for by_grid in (x_grid, weight_grid, bias_grid) if by_grid]
+        return None, None, by_x, by_weight, by_bias, *(grad.new_tensor(by_grids).unbind() if ctx.trained else ())
+
+
+def _passed(x: Tensor, grad: Tensor, grid: Grid | None, floor: float = -math.inf) -> tuple[Tensor, list[float] | None]:
+    """Gradients of a tensor and of its grid, of that of what was made of it, which is spent."""
+    return (grad, None) if grid is None else kernels.gradients(x, grad, *grid, floor, spend=True)
+
+
+def _on(grid: Grid | None, x: Tensor) -> Tensor:
+    return x if grid is None else kernels.quantize(x, *grid)
+
+
+def quantized_linear(
+    x: Tensor, weight: Tensor, bias: Tensor, grids: Sequence[Grid | TrainedGrid | None], *, relu: bool = False
+) -> Tensor:
+    """`F.linear` of `x`, `(batch, n)`, weight and bias, each quantized as by `fake_quantize` if it has a grid.
+
+    `relu`: of `relu(x)`. None of the quantized tensors is kept for the backward pass.
+    """
+    trained = [grid.tensor for grid in grids if isinstance(grid, TrainedGrid)]
+    values = [grid.values if isinstance(grid, TrainedGrid) else grid for grid in grids]
+    return _QuantizedLinear.apply(values, relu, x, weight, bias, *trained)
+
+
 def recomputed(y: Tensor, x: Tensor, grid: Grid | TrainedGrid) -> AbstractContextManager[None]:
     """Let operations inside keep `x`, as the quantizer does anyway, where they would keep `y = fake_quantize(x, grid)`.
 
@@ -139,16 +186,21 @@ class HMQ(nn.Module):
         signed: per tensor, whether its format is signed.
         max_threshold_log2: per tensor, M.
         bits: per tensor, B in ascending order.
+        sizes: per tensor, the elements that `expected_bits` counts.
     """
 
     table: Tensor
-    widths: Tensor  # of each pair, `(tensors, pairs)`
+    memory: Tensor  # bits of a tensor by pair, `(tensors, pairs)`
 
     def __init__(
-        self, signed: Sequence[bool], max_threshold_log2: Sequence[int], bits: Sequence[Sequence[int]]
+        self,
+        signed: Sequence[bool],
+        max_threshold_log2: Sequence[int],
+        bits: Sequence[Sequence[int]],
+        sizes: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self._signed, self._m = tuple(signed), tuple(max_threshold_log2)
+        self._signed, self._m, self._sizes = tuple(signed), tuple(max_threshold_log2), tuple(sizes or [0] * len(bits))
         self._choices = max(len(b) for b in bits)
         logits = torch.full((len(bits), THRESHOLDS, self._choices), -math.inf)
         for tensor, b in zip(logits, bits, strict=True):
@@ -169,11 +221,11 @@ class HMQ(nn.Module):
         ]
         like_logits = {"dtype": self.logits.dtype, "device": self.logits.device}
         table = torch.zeros(len(bits), THRESHOLDS, self._choices, 4)
-        for tensor, block in zip(table, self.candidates, strict=True):
-            tensor[:, : len(block[0])] = torch.tensor([[(*Grid.of(f), f.width) for f in row] for row in block])
+        for tensor, block, size in zip(table, self.candidates, self._sizes, strict=True):
+            tensor[:, : len(block[0])] = torch.tensor([[(*Grid.of(f), f.width * size) for f in row] for row in block])
         table = table.flatten(1, 2).to(**like_logits)
         self.register_buffer("table", table[:, :, :3].contiguous(), persistent=False)
-        self.register_buffer("widths", table[:, :, 3].contiguous(), persistent=False)
+        self.register_buffer("memory", table[:, :, 3].contiguous(), persistent=False)
 
     def sample(self, temperature: float, generator: torch.Generator | None = None) -> Tensor:
         """One draw of the joint distribution over pairs, `(tensors, pairs)` (Eq. 4); `generator` is the CPU's."""
@@ -188,6 +240,10 @@ class HMQ(nn.Module):
         expected = (p.unsqueeze(2) * self.table).sum(1)
         pairs = zip(expected.unbind(), expected.tolist(), strict=True)
         return [TrainedGrid(tensor, Grid(*values)) for tensor, values in pairs]
+
+    def expected_bits(self, p: Tensor) -> Tensor:
+        """Bits of all tensors together under `p`, 0-d (Eq. 7)."""
+        return torch.dot(p.flatten(), self.memory.flatten())
 
     def probabilities(self) -> Tensor:
         """The distribution over pairs without noise, `(tensors, pairs)`."""

@@ -14,7 +14,7 @@ from hmq_fpga.search.calibrate import scheme_of
 from hmq_fpga.search.freeze import freeze, run_codes
 from hmq_fpga.search.graph import joined
 from hmq_fpga.search.instrument import instrument
-from hmq_fpga.search.quantizers import Grid
+from hmq_fpga.search.quantizers import Grid, TrainedGrid
 from hmq_fpga.study.tasks import TASKS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
@@ -445,6 +445,29 @@ def test_bias_is_on_the_accumulators_grid():
     assert isinstance(op, network.Dense)
     frac = net.input.format.frac + op.weight_format.frac
     np.testing.assert_array_equal(op.bias, np.rint(layer.bias.detach().double().numpy() * 2.0**frac).astype(np.int64))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_dense_layers_that_quantize_are_quantizers_and_dense_layers(name, trained):
+    """Against the way with an observer, who sees each tensor before it is quantized."""
+    build, shape = MODELS[name]
+    torch.manual_seed(0)
+    model = randomly_formatted(instrument(build().eval(), shape), 0, (3, 8))
+    x = torch.randn(9, *shape)
+    grids, wanted = None, list(model.parameters())
+    if trained:
+        tensors = {site: torch.tensor(Grid.of(format_), requires_grad=True) for site, format_ in model.formats.items()}
+        grids = {site: TrainedGrid(tensor, Grid(*tensor.tolist())) for site, tensor in tensors.items()}
+        wanted += tensors.values()
+    upstream = torch.randn(model(x).shape)
+    results = []
+    for observe in (None, lambda *_: None):
+        y = model(x, grids, observe)
+        gradients = torch.autograd.grad((y * upstream).sum(), wanted, allow_unused=True, materialize_grads=True)
+        results.append((y, *gradients))
+    for ours, oracle in zip(*results, strict=True):
+        torch.testing.assert_close(ours, oracle, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("task", ["mnist_cnn", "resnet8_cifar", "dscnn_fsdd"])

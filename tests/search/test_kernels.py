@@ -24,6 +24,9 @@ def test_loops_are_the_plain_operations(grid, n, threads, monkeypatch):
     expected_passed, expected_sums = kernels._plain_gradients(x, grad, *ends, floor)
     torch.testing.assert_close(passed, expected_passed, rtol=0, atol=0)
     assert sums == pytest.approx(expected_sums, rel=1e-4, abs=1e-3)
+    spent, again = kernels.gradients(x, grad.clone(), *ends, floor, spend=True)
+    torch.testing.assert_close(spent, expected_passed, rtol=0, atol=0)
+    assert again == pytest.approx(sums, rel=1e-6, abs=1e-6)
 
 
 def in_order(*dims: int) -> torch.Tensor:

@@ -199,12 +199,12 @@ def test_joint_distribution():
 
 def test_tensors_with_fewer_candidates():
     """Their missing pairs are never drawn and never move."""
-    blocks = HMQ([True, False], [0, 2], [(2, 3, 4), (8,)])
+    blocks = HMQ([True, False], [0, 2], [(2, 3, 4), (8,)], sizes=[0, 5])
     assert torch.isfinite(blocks.logits).sum(1).tolist() == [27, 9]
     assert [f.width for f in blocks.chosen()] == [4, 8]
     p = blocks.sample(0.5, torch.Generator().manual_seed(0))
     assert p.sum(1).tolist() == pytest.approx([1, 1])
-    assert (p * blocks.widths).sum(1)[1].item() == pytest.approx(8)
+    assert blocks.expected_bits(p).item() == pytest.approx(5 * 8)
     sum(grid.tensor.sum() for grid in blocks.grids(p)).backward()
     assert (blocks.logits.grad[1].view(9, 3)[:, 1:] == 0).all()
     optimizer = torch.optim.RAdam(blocks.parameters(), lr=0.1)

@@ -113,17 +113,16 @@ def hmq(
     weights, activations = weight_sites(model), activation_sites(model)
     sites = (*weights, *activations)
     names = [site.name for site in sites]
-    sizes = torch.tensor([float(s.size) for s in weights] + [0.0] * len(activations), device=task.x_train.device)
-    float_bits = FLOAT_BITS * float(sizes.sum())
+    sizes = [s.size for s in weights] + [0] * len(activations)
+    float_bits = FLOAT_BITS * float(sum(sizes))
 
     def bits(step: int) -> list[tuple[int, ...]]:
         activation_bits = target.activation_bits(model, schedule.activation_rate(step))
         return [*target.weight_bits(model).values(), *((activation_bits[site.name],) for site in activations)]
 
-    blocks = HMQ([s.signed for s in sites], [limits[s.name] for s in sites], bits(0)).to(task.x_train.device)
+    blocks = HMQ([s.signed for s in sites], [limits[s.name] for s in sites], bits(0), sizes).to(task.x_train.device)
     logit_rate = options.logit_learning_rate or _logit_learning_rate(len(target.bits), steps)
     optimizer = RAdam((model.parameters(), budget.learning_rate), ([blocks.logits], logit_rate))
-    bits_of_pairs = (blocks.widths * sizes.unsqueeze(1)).flatten()
     recorder = Recorder(listener)
     noise = torch.Generator().manual_seed(seed)
     every = max(steps // (CYCLES * 25), 1)
@@ -136,7 +135,7 @@ def hmq(
         outputs = model(x, dict(zip(names, blocks.grids(p), strict=True)))
         task_loss = task.loss(outputs, y)
         under = p if options.expected_bits == "gumbel" else blocks.probabilities()
-        expected_bits = torch.dot(under.flatten(), bits_of_pairs)
+        expected_bits = blocks.expected_bits(under)
         expected_rate = float_bits / expected_bits.item()
         pull = options.penalty * missed_rate_slope(expected_rate, weight_rate) / expected_bits.item()
         optimizer.step(task_loss + pull * expected_bits if pull else task_loss)
