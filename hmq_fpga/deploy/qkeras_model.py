@@ -82,7 +82,8 @@ def to_qkeras(net: QNet) -> Any:
 def save(model: Any, path: Path) -> None:
     """Write a QKeras model to a `.keras` file; `tf.keras.models.load_model` reads it, with QKeras installed.
 
-    Thresholds below one take this package as well (see `qkeras_small`): it must be installed, not imported.
+    Thresholds below one, and scales and shifts, take this package as well (see `qkeras_small`): it must be installed,
+    not imported.
     """
     with quiet():
         model.save(path)
@@ -230,7 +231,9 @@ def _layer(net: QNet, op: Op, keras: Any, dtype: FloatType) -> Any:
             quantizers = _quantizers(net, op, "depthwise")
             return qkeras.QDepthwiseConv2D(kernel_of(op), name=op.name, **windows, **quantizers)
         case Scale():
-            return layers.BatchNormalization(epsilon=0, fused=False, name=op.name)
+            from hmq_fpga.deploy import qkeras_small
+
+            return qkeras_small.BatchNormalization(epsilon=0, fused=False, name=op.name)
         case MaxPool():
             return getattr(layers, f"MaxPooling{len(op.window)}D")(op.window, op.stride, name=op.name)
         case AvgPool():

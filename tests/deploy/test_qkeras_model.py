@@ -10,7 +10,7 @@ from hmq_fpga.deploy.qkeras_model import QKerasSimulator, float_type, layer_name
 from hmq_fpga.ir import reference
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Fixed
-from hmq_fpga.ir.network import Dense, Input, QNet, Quantize
+from hmq_fpga.ir.network import Dense, Input, QNet, Quantize, Scale
 from tests.strategies import inputs, qnets
 
 LOAD = """
@@ -70,8 +70,28 @@ def test_paddings_by_their_keras_names(cnn):
     assert model.get_layer("uneven_padding").padding == ((1, 0), (2, 1))
 
 
-def test_saved_model_predicts_the_same_in_a_fresh_process(mlp, samples, tmp_path):
-    model, x = to_qkeras(mlp), samples(mlp)
+@pytest.fixture(scope="module")
+def scaled() -> QNet:
+    """So many channels that TensorFlow takes them eight at a time; their sums show the last bit of 24."""
+    rng = np.random.default_rng(0)
+    six, four = Fixed(signed=True, width=6, frac=3), Fixed(signed=True, width=4, frac=2)
+    weight, bias = rng.integers(-8, 8, 20), rng.integers(-(2**22), 2**22, 20)
+    ops = (
+        Input(name="x", shape=(20,), format=six),
+        Scale(name="scale", source="x", weight=weight, weight_format=four, bias=bias),
+    )
+    return QNet(ops)
+
+
+def test_a_scale_of_many_channels_is_exact(scaled, samples):
+    x = samples(scaled)
+    assert_array_equal(QKerasSimulator(scaled).predict(x), reference.run(scaled, x))
+
+
+@pytest.mark.parametrize("fixture", ["mlp", "scaled"])
+def test_saved_model_predicts_the_same_in_a_fresh_process(fixture, samples, tmp_path, request):
+    net = request.getfixturevalue(fixture)
+    model, x = to_qkeras(net), samples(net)
     save(model, tmp_path / "model.keras")
     np.save(tmp_path / "x.npy", x)
     (tmp_path / "load.py").write_text(LOAD)
