@@ -44,6 +44,7 @@ from hmq_fpga.ir.network import (
 
 BATCH = 1024  # samples at a time
 FloatType = Literal["float32", "float64"]
+_FLOAT32_BITS = 24  # of its significand
 
 
 def tensorflow() -> Any:
@@ -82,8 +83,7 @@ def to_qkeras(net: QNet) -> Any:
 def save(model: Any, path: Path) -> None:
     """Write a QKeras model to a `.keras` file; `tf.keras.models.load_model` reads it, with QKeras installed.
 
-    Thresholds below one, and scales and shifts, take this package as well (see `qkeras_small`): it must be installed,
-    not imported.
+    Thresholds below one take this package as well (see `qkeras_small`): it must be installed, not imported.
     """
     with quiet():
         model.save(path)
@@ -118,7 +118,7 @@ def float_type(net: QNet) -> FloatType:
         raise InvalidInput(
             f"op {worst!r}: its sums need {bits[worst]} bits and float64 is exact up to 53: use fewer bits or terms"
         )
-    return "float32" if bits[worst] <= 24 else "float64"
+    return "float32" if bits[worst] <= _FLOAT32_BITS else "float64"
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,8 +168,10 @@ def _significant_bits(net: QNet, op: Op) -> int:
         case Quantize():  # x + (q - x) on the finer of the two grids
             source = net.formats[op.source]
             return max(op.format.width, source.width + max(0, op.format.frac - source.frac))
-        case Dense() | Conv() | DepthwiseConv() | Scale():
+        case Dense() | Conv() | DepthwiseConv():
             return net.partial_sum_bits(op)
+        case Scale():  # in float32 TensorFlow takes the reciprocal root of a variance of one, by eights, for 0.9999999
+            return max(net.partial_sum_bits(op), _FLOAT32_BITS + 1)
         case AvgPool() | LeakyRelu() | Add():
             return net.formats[op.name].width
         case MaxPool() | Pad() | Upsample() | Flatten() | Concat() | Outputs():
@@ -231,9 +233,7 @@ def _layer(net: QNet, op: Op, keras: Any, dtype: FloatType) -> Any:
             quantizers = _quantizers(net, op, "depthwise")
             return qkeras.QDepthwiseConv2D(kernel_of(op), name=op.name, **windows, **quantizers)
         case Scale():
-            from hmq_fpga.deploy import qkeras_small
-
-            return qkeras_small.BatchNormalization(epsilon=0, fused=False, name=op.name)
+            return layers.BatchNormalization(epsilon=0, fused=False, name=op.name)
         case MaxPool():
             return getattr(layers, f"MaxPooling{len(op.window)}D")(op.window, op.stride, name=op.name)
         case AvgPool():

@@ -1,4 +1,4 @@
-"""What QKeras and Keras do not compute exactly: importing this module imports TensorFlow.
+"""QKeras with thresholds below one: importing this module imports TensorFlow.
 
 QKeras 0.9.0 computes `2**integer` on int32, which fails for every negative `integer`, given as a number or a tensor,
 eager or traced. Scaling by a power of two is exact, so these classes let QKeras quantize with `integer = 0` and
@@ -44,15 +44,3 @@ class QActivation(qkeras.QActivation):  # type: ignore[misc]
         given: Any = self.quantizer  # type: ignore[has-type]
         cls: Any = quantized_relu if isinstance(given, qkeras.quantized_relu) else quantized_bits
         self.quantizer = cls.from_config(given.get_config())
-
-
-@tf.keras.saving.register_keras_serializable(package="hmq_fpga")
-class BatchNormalization(tf.keras.layers.BatchNormalization):  # type: ignore[misc]
-    """Keras's, by a square root and a division: the reciprocal root of one, eight at a time, is not one."""
-
-    def call(self, inputs: Any, training: Any = None, **kwargs: Any) -> Any:
-        """Scale and shift by the running statistics, or train as Keras does."""
-        if training:
-            return super().call(inputs, training=training, **kwargs)
-        scale = self.gamma / tf.sqrt(self.moving_variance + self.epsilon)
-        return inputs * scale + (self.beta - self.moving_mean * scale)
