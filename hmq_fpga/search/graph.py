@@ -356,7 +356,8 @@ class QModel(nn.Module):
                 if observe:
                     observe(name, tensor)
                 if name in dense:
-                    relus |= {name} if fused else set()
+                    if fused:
+                        relus.add(name)
                 elif name in grids:
                     origins[name] = tensor, grids[name]
                     tensor = fake_quantize(tensor, grids[name], relu=fused)

@@ -19,6 +19,7 @@ BLOCK = 4096  # values whose sums are taken in their own precision, before they 
 PART = 1 << 17  # values for which a further thread is worth its start
 
 Array = np.ndarray[Any, Any]
+Vectors = tuple[Tensor, Tensor, Tensor, Tensor]
 Sums = tuple[float, float, float]  # gradients of step, lo and hi
 
 # Sums may be reordered and multiply-adds fused, so that loops run on vectors; NaN and infinity keep their meaning.
@@ -64,27 +65,17 @@ def gradients(
     return passed, [sum(part) for part in zip(*parts, strict=True)]
 
 
-def descend(
-    value: Tensor,
-    grad: Tensor,
-    mean: Tensor,
-    square: Tensor,
-    beta1: float,
-    beta2: float,
-    factor: float,
-    eps: float | None,
-) -> None:
-    """Adam's step on contiguous vectors, all changed in place; `grad` is zero afterwards.
+def descend(vectors: Vectors, betas: tuple[float, float], factor: float, eps: float | None) -> None:
+    """Adam's step on contiguous vectors: value, gradient, and its running mean and mean square, all changed in place.
 
-    `mean` and `square` are the running moments, `factor` the learning rate with all corrections. Without `eps` the
-    step is along `mean` as it is.
+    `factor` is the learning rate with all corrections. Without `eps` the step is along the mean as it is. The gradient
+    is zero afterwards.
     """
-    vectors = (value, grad, mean, square)
-    if not value.is_cpu:
-        _plain_descend(*vectors, beta1, beta2, factor, eps)
+    if not vectors[0].is_cpu:
+        _plain_descend(vectors, betas, factor, eps)
         return
-    adaptive, eps = eps is not None, eps or 0.0
-    _over(_descend, tuple(v.detach().numpy() for v in vectors), (1 - beta1, 1 - beta2, factor, eps, adaptive))
+    arrays = tuple(vector.detach().numpy() for vector in vectors)
+    _over(_descend, arrays, (1 - betas[0], 1 - betas[1], factor, eps or 0.0, eps is not None))
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -114,18 +105,10 @@ def _plain_gradients(
     return inside.masked_fill(x <= floor, 0), by_grid.tolist()
 
 
-def _plain_descend(
-    value: Tensor,
-    grad: Tensor,
-    mean: Tensor,
-    square: Tensor,
-    beta1: float,
-    beta2: float,
-    factor: float,
-    eps: float | None,
-) -> None:
-    mean.lerp_(grad, 1 - beta1)
-    square.lerp_(grad.square_(), 1 - beta2)
+def _plain_descend(vectors: Vectors, betas: tuple[float, float], factor: float, eps: float | None) -> None:
+    value, grad, mean, square = vectors
+    mean.lerp_(grad, 1 - betas[0])
+    square.lerp_(grad.square_(), 1 - betas[1])
     if eps is None:
         value.add_(mean, alpha=-factor)
     else:

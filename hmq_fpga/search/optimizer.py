@@ -60,4 +60,5 @@ class _Group:
             parameter.data, parameter.grad = value.view_as(parameter), grad.view_as(parameter)
 
     def descend(self, factor: float, *, rectified: bool) -> None:
-        kernels.descend(self._value, self._grad, self._mean, self._square, *BETAS, factor, _EPS if rectified else None)
+        vectors = (self._value, self._grad, self._mean, self._square)
+        kernels.descend(vectors, BETAS, factor, _EPS if rectified else None)
