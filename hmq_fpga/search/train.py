@@ -131,9 +131,15 @@ def batches(task: Task, steps: int, generator: torch.Generator) -> Iterator[tupl
 
 
 @torch.no_grad()
+def predict(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Outputs of a model for `x`, `(n, *sample shape)`, batch by batch; several in a row, see `graph.joined`."""
+    return torch.cat([joined(model(batch)) for batch in x.split(1024)])
+
+
+@torch.no_grad()
 def evaluate(model: Callable[[Tensor], Tensor], task: Task) -> dict[str, float]:
     """Loss, and of classes the accuracy, on the validation split."""
-    outputs = torch.cat([joined(model(batch)) for batch in task.x_val.split(1024)])
+    outputs = predict(model, task.x_val)
     return {"val_loss": float(task.loss(outputs, task.y_val)), **task.accuracies("val", outputs, task.y_val)}
 
 

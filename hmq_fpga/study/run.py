@@ -30,11 +30,11 @@ from hmq_fpga.ir.network import QNet
 from hmq_fpga.ir.scheme import Scheme
 from hmq_fpga.search.describe import description
 from hmq_fpga.search.freeze import freeze, run_codes
-from hmq_fpga.search.graph import Join, QModel, joined
+from hmq_fpga.search.graph import Join, QModel
 from hmq_fpga.search.instrument import instrument
 from hmq_fpga.search.methods import find_scheme, make_options
 from hmq_fpga.search.target import Target
-from hmq_fpga.search.train import Listener, finetune, fit
+from hmq_fpga.search.train import Listener, finetune, fit, predict
 from hmq_fpga.search.zeros import ZeroPull, widen_thresholds
 from hmq_fpga.study import page
 from hmq_fpga.study.data import Dataset, channels_last
@@ -436,8 +436,7 @@ class _Run:
         dataset = self.dataset
         _load(self.model, self.folder / "float.pt")
         self.model.eval()
-        with torch.no_grad():
-            outputs = torch.cat([joined(self.model(batch)) for batch in torch.from_numpy(dataset.x_test).split(1024)])
+        outputs = predict(self.model, torch.from_numpy(dataset.x_test))
         net = QNet.load(self.folder / "qnet")
         quantized = net.decode(reference.run(net, channels_last(dataset.x_test)))
         return {
