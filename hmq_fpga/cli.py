@@ -16,6 +16,7 @@ import click
 
 from hmq_fpga.deploy.parity import ParityError
 from hmq_fpga.ir.errors import InvalidInput
+from hmq_fpga.study import interrupt
 
 if TYPE_CHECKING:
     from hmq_fpga.deploy.vendor import Outcome
@@ -316,7 +317,9 @@ def _print(result: Mapping[str, Any] | list[Any] | None, as_json: bool, text: Ca
 
 def main() -> None:
     """Run the command line and exit."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a tool that was started ends with us
+    signal.signal(signal.SIGTERM, interrupt.stop)  # a tool that was started ends with us
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores it
+        signal.signal(signal.SIGINT, interrupt.stop)
     try:
         code = app(standalone_mode=False)
     except InvalidInput as error:

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from hmq_fpga.study import interrupt
+
 if TYPE_CHECKING:
     from hmq_fpga.search.train import Listener
 
@@ -50,13 +52,19 @@ class Bars:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Listener]:
-        """Enter a stage; the listener hears of its steps."""
+        """Enter a stage; the listener hears of its steps.
+
+        Raises:
+            KeyboardInterrupt: at its beginning or at a step, where the run has been asked to stop.
+        """
+        interrupt.check()
         bar = self._progress.add_task(name, total=None, news="")
         writer = _LazyWriter(self._logs / name)
         last_drawn = 0.0
 
         def listen(step: int, steps: int, values: dict[str, float]) -> None:
             nonlocal last_drawn
+            interrupt.check()
             writer.write(step, values)
             now = time.monotonic()
             if now - last_drawn > REDRAW_S or step == steps:

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 from hmq_fpga.ir.errors import InvalidInput
+from hmq_fpga.study import interrupt
 
 CONNECT_S = 10  # to reach a scheduler
 GRACE_S = 10.0  # for tools that a worker has started, when the sweep has ended without it
@@ -28,7 +29,6 @@ _THREADS = (
     "TF_NUM_INTEROP_THREADS",
 )
 _busy = threading.Lock()
-_asked = threading.Event()
 
 
 class Workers(Protocol):
@@ -148,13 +148,12 @@ def _begin() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _stop(_number: int, _frame: FrameType | None) -> None:
+def _stop(number: int, frame: FrameType | None) -> None:
     """Interrupt the run, once: it cleans up after itself. Without one the process ends."""
     if not _busy.locked():
         raise SystemExit(130)
-    if not _asked.is_set():
-        _asked.set()
-        raise KeyboardInterrupt
+    if not interrupt.asked.is_set():
+        interrupt.stop(number, frame)
 
 
 def _end_with_parent() -> None:
@@ -175,4 +174,4 @@ def _in_process(function: Callable[..., Any], *arguments: Any) -> Any:
             os._exit(130)
         raise InterruptedError("stopped by a signal") from None
     finally:
-        _asked.clear()
+        interrupt.asked.clear()

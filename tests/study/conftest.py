@@ -41,5 +41,12 @@ def own_model(tmp_path_factory):
         "    def forward(self, x):\n"
         "        x = self.body(x)\n"
         "        return self.mean(x), self.halves(x)\n"
+        "def deaf():\n"
+        "    import os, signal\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    except:\n"
+        "        pass\n"
+        "    return small()\n"
     )
     return path
