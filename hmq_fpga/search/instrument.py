@@ -31,6 +31,7 @@ from hmq_fpga.search.graph import (
     QModel,
     Site,
     Upsample,
+    joined,
     weight_site,
 )
 
@@ -42,7 +43,8 @@ def instrument(model: nn.Module, input_shape: Shape, *, input_signed: bool = Tru
 
     BatchNorm is folded into the layer before or after it where that is exact, dropout and a final softmax are removed.
     Every weight, the input, every ReLU and every other value that a layer with weights, an addition or a concatenation
-    reads gets a site; the output stays an exact accumulator. The given model is left as it is.
+    reads gets a site; the output stays an exact accumulator. The given model is left as it is; parameters that several
+    of its layers share become one copy each. What comes out computes what went in: both are run and compared.
 
     Args:
         model: any module that torch.fx can trace and whose operations are supported.
@@ -50,10 +52,15 @@ def instrument(model: nn.Module, input_shape: Shape, *, input_signed: bool = Tru
         input_signed: whether inputs can be negative.
 
     Raises:
-        UnsupportedLayer: naming the module or function that is not supported.
-        InvalidInput: when the model cannot be traced, holds NaN, or does not take `input_shape`.
+        UnsupportedLayer: naming the module or function that is not supported, or where the model computes something
+            else than the operations that were traced, as with hooks.
+        InvalidInput: when the model cannot be copied or traced, holds NaN, or does not take `input_shape`.
     """
-    model = copy.deepcopy(model).float().eval()
+    try:
+        model = copy.deepcopy(model).float().eval()
+    except RuntimeError as error:  # of torch: such as the older weight_norm
+        raise InvalidInput(f"model: {type(model).__name__} cannot be copied: {str(error).splitlines()[0]}") from error
+    _untie(model)
     if type(model) in _READERS:  # torch.fx would look inside a lone layer
         model = nn.Sequential(model)
     for name, value in model.state_dict().items():
@@ -64,13 +71,44 @@ def instrument(model: nn.Module, input_shape: Shape, *, input_signed: bool = Tru
     except Exception as error:  # tracing runs the user's forward: anything can come out of it
         reason = str(error).splitlines()[0] if str(error) else repr(error)
         raise InvalidInput(f"model: torch.fx cannot trace {type(model).__name__}: {reason}") from error
+    recorder = _Recorder(traced.double(), garbage_collect_values=False)
+    x = torch.randn(_BATCH, *input_shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = x if input_signed else x.abs()
     try:
-        _ShapeRecorder(traced, garbage_collect_values=False).run(torch.zeros(_BATCH, *input_shape))
+        with torch.no_grad():
+            recorder.run(x)
     except (RuntimeError, ValueError, TypeError) as error:
         raise InvalidInput(
             f"model: does not accept an input of shape {input_shape}: {str(error).splitlines()[0]}"
         ) from error
-    return _Builder(traced, input_shape, input_signed).build()
+    builder = _Builder(traced.float(), input_shape, input_signed)
+    read = builder.build()
+    if builder.is_exact:
+        _compare(read, x, joined([recorder.env[node] for node in builder.returned]))
+    return read
+
+
+def _untie(model: nn.Module) -> None:
+    """Give each layer its own copy of a parameter that it shares: in hardware it has one, scaled and rounded apart."""
+    known: set[int] = set()
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) in known:
+                setattr(module, name, nn.Parameter(parameter.detach().clone()))
+            known.add(id(parameter))
+
+
+@torch.no_grad()
+def _compare(read: QModel, x: Tensor, expected: Tensor) -> None:
+    """Raise `UnsupportedLayer` unless a model gives what is expected, but for roundings of float64."""
+    found = joined(read.double()(x))
+    read.float()
+    scale = max(1.0, float(expected.abs().max()))
+    if not torch.allclose(found, expected, rtol=0, atol=_TOLERANCE * scale):
+        raise UnsupportedLayer(
+            f"model: computes something else than its layers do, by {float((found - expected).abs().max()):.3g}: "
+            "take away hooks, and in-place functions whose input is read elsewhere"
+        )
 
 
 def supported() -> list[str]:
@@ -103,12 +141,25 @@ _MERGES: dict[Any, type[nn.Module]] = {
     torch.cat: Concat,
     torch.concat: Concat,
 }
+_MERGED = ("input", "tensors", "other")  # names of their tensors
 _FINAL = {
     *(nn.Softmax, nn.LogSoftmax, nn.Sigmoid, nn.Tanh),
     *(F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, torch.sigmoid, torch.tanh),
     *("softmax", "log_softmax", "sigmoid", "tanh"),
 }
+_RESHAPES = (
+    nn.Flatten,
+    torch.flatten,
+    torch.reshape,
+    torch.squeeze,
+    "flatten",
+    "reshape",
+    "view",
+    "squeeze",
+    "contiguous",
+)
 _BATCH = 2  # of the run that finds the shapes
+_TOLERANCE = 1e-4  # of a model in float64, whose folded weights are float32
 
 
 def _reads(*targets: Any) -> Callable[[_Reader], _Reader]:
@@ -153,6 +204,9 @@ def _with_bias(module: Any, outputs: int) -> nn.Module:
 def _read_batchnorm(_shapes: _Shapes, module: nn.BatchNorm1d | nn.BatchNorm2d) -> nn.Module:
     if module.running_mean is None:
         raise UnsupportedLayer("BatchNorm needs track_running_stats=True")
+    if not module.affine:
+        module.weight = nn.Parameter(torch.ones_like(module.running_mean))
+        module.bias = nn.Parameter(torch.zeros_like(module.running_mean))
     return module
 
 
@@ -181,18 +235,29 @@ def _read_hardtanh_module(_shapes: _Shapes, module: nn.Hardtanh) -> nn.Module:
     return _Clip(module.min_val, module.max_val)
 
 
-@_reads(F.hardtanh, torch.clamp, "clamp")
-def _read_hardtanh(_shapes: _Shapes, min_val: float = -1.0, max_val: float = 1.0, **names: Any) -> nn.Module:
-    return _Clip(names.get("min", min_val), names.get("max", max_val))
+@_reads(F.hardtanh)
+def _read_hardtanh(
+    _shapes: _Shapes,
+    min_val: float = -1.0,
+    max_val: float = 1.0,
+    inplace: bool = False,  # noqa: ARG001
+) -> nn.Module:
+    return _Clip(min_val, max_val)
+
+
+@_reads(torch.clamp, torch.clip, "clamp", "clip")
+def _read_clamp(_shapes: _Shapes, *limits: float | None, **named: float | None) -> nn.Module:
+    low, high = (named.get(name, limit) for name, limit in zip(("min", "max"), (*limits, None, None), strict=False))
+    return Activation(relu=True) if (low, high) == (0, None) else _Clip(low, high)
 
 
 class _Clip(nn.Module):
     """Clips to 0 … high or -high … high; the builder makes an `Activation` of it."""
 
-    def __init__(self, low: float, high: float) -> None:
+    def __init__(self, low: float | None, high: float | None) -> None:
         super().__init__()
         if not (isinstance(high, int | float) and high > 0 and low in (0, -high)):
-            raise UnsupportedLayer("a clip is supported from 0 or -c to a positive c")
+            raise UnsupportedLayer("a clip is supported from 0 or -c to a positive c, or from 0 alone")
         self.relu, self.high = low == 0, float(high)
 
 
@@ -315,20 +380,21 @@ def _read_upsample_module(shapes: _Shapes, module: nn.Upsample) -> nn.Module:
 
 
 @_reads(F.interpolate)
-def _read_upsample(shapes: _Shapes, *_sizes: Any, mode: str = "nearest", **_more_sizes: Any) -> nn.Module:
+def _read_upsample(
+    shapes: _Shapes,
+    size: Any = None,  # noqa: ARG001
+    scale_factor: Any = None,  # noqa: ARG001
+    mode: str = "nearest",
+    **_settings: Any,
+) -> nn.Module:
     before, after = shapes.source[1:], shapes.result[1:]
     if mode != "nearest" or any(m % n for n, m in zip(before, after, strict=True)):
         raise UnsupportedLayer("upsampling is supported with mode='nearest' and a whole factor")
     return Upsample(tuple(m // n for n, m in zip(before, after, strict=True)))
 
 
-@_reads(nn.Flatten)
-def _read_reshape_module(shapes: _Shapes, _module: nn.Flatten) -> nn.Module | None:
-    return _read_reshape(shapes)
-
-
-@_reads(torch.flatten, torch.reshape, torch.squeeze, "flatten", "reshape", "view", "squeeze", "contiguous")
-def _read_reshape(shapes: _Shapes, *_arguments: Any, **_settings: Any) -> nn.Module | None:
+@_reads(*_RESHAPES)
+def _read_reshape(shapes: _Shapes, *_module_or_arguments: Any, **_settings: Any) -> nn.Module | None:
     if shapes.result == shapes.source:
         return None
     if len(shapes.result) != 1:
@@ -342,8 +408,9 @@ def _read_nothing_module(_shapes: _Shapes, _module: nn.Module) -> None:
 
 
 @_reads(F.dropout, F.dropout1d, F.dropout2d)
-def _read_nothing(_shapes: _Shapes, *_arguments: Any, **_settings: Any) -> None:
-    return None
+def _read_nothing(_shapes: _Shapes, p: float = 0.5, training: bool = True, inplace: bool = False) -> None:  # noqa: ARG001
+    if training:
+        raise UnsupportedLayer("acts in evaluation too; give it training=self.training")
 
 
 def _each(value: Any, dims: int) -> tuple[int, ...]:
@@ -354,13 +421,15 @@ def _each(value: Any, dims: int) -> tuple[int, ...]:
 # --- the walk through the traced graph -------------------------------------------------------------------------------
 
 
-class _ShapeRecorder(fx.Interpreter):
-    """Runs the traced graph, noting the shape of every tensor for one sample."""
+class _Recorder(fx.Interpreter):
+    """Runs the traced graph, noting the shape of every tensor for one sample, and the value of what is no tensor."""
 
     def run_node(self, node: fx.Node) -> Any:
         result = super().run_node(node)
         if isinstance(result, Tensor):
             node.meta["shape"], node.meta["batch"] = tuple(result.shape[1:]), result.shape[:1]
+        else:
+            node.meta["value"] = result
         return result
 
 
@@ -378,6 +447,8 @@ class _Builder:
         self._notes: list[str] = []
         self._tensor_of: dict[fx.Node, str] = {}
         self._clips: dict[str, float] = {}
+        self.returned: list[fx.Node] = []  # what the outputs were in the traced graph
+        self.is_exact = True
 
     def build(self) -> QModel:
         for node in self._graph.nodes:
@@ -410,6 +481,7 @@ class _Builder:
             raise UnsupportedLayer("model: forward must return a tensor that it computed, or a tuple of such")
         if len(set(outputs)) < len(outputs):
             raise UnsupportedLayer(f"model: returns {self._nodes[outputs[-1]].path!r} more than once; return it once")
+        self.returned = [node.all_input_nodes[0] if self._kind(node) in _FINAL else node for node in returned]
         read = {source for node in self._nodes.values() for source in node.sources}
         if inside := read.intersection(outputs):
             path = self._nodes[inside.pop()].path
@@ -429,11 +501,13 @@ class _Builder:
         sources = [self._tensor_of[n] for n in node.all_input_nodes if "shape" in n.meta]
         if node.meta["batch"] != (_BATCH,):
             raise UnsupportedLayer(f"{where}: its result does not keep the batch as its first dimension")
-        target = type(self._modules[node.target]) if node.op == "call_module" else node.target
+        target = self._kind(node)
         if target in _FINAL:
             return self._remove_final(node, where, path, *sources)
         if target in _MERGES:
             return self._merge(node, where, _MERGES[target], sources)
+        if target in _RESHAPES and node.users and all(self._kind(user) in _RESHAPES for user in node.users):
+            return sources[0]  # the order stays: the last of them says all
         try:
             layer = self._read(node, target)
         except UnsupportedLayer as error:
@@ -452,6 +526,10 @@ class _Builder:
             layer = nn.Flatten()
         return self._append(node, path, layer, source)
 
+    def _kind(self, node: fx.Node) -> Any:
+        """What `_READERS` and the like know an operation by."""
+        return type(self._modules[node.target]) if node.op == "call_module" else node.target
+
     def _described(self, node: fx.Node) -> tuple[str, str]:
         """The user's name of an operation, and its type's or function's; a function's is its module's and its own."""
         if node.op == "call_module":
@@ -465,8 +543,10 @@ class _Builder:
         if reader is None or len(tensors) != 1 or node.args[:1] != (tensors[0],):
             raise UnsupportedLayer(f"is not supported; supported are {', '.join(supported())}")
         shapes = _Shapes(tensors[0].meta["shape"], node.meta["shape"])
-        arguments = (self._modules[node.target],) if node.op == "call_module" else node.args[1:]
-        return reader(shapes, *arguments, **node.kwargs)
+        if node.op == "call_module":
+            return reader(shapes, self._modules[node.target])
+        arguments, named = fx.map_arg((node.args[1:], node.kwargs), lambda size: size.meta["value"])
+        return reader(shapes, *arguments, **named)
 
     def _append(self, node: fx.Node, path: str, layer: nn.Module, source: str, shape: Shape | None = None) -> str:
         shape = shape or node.meta["shape"]
@@ -514,12 +594,16 @@ class _Builder:
         )
 
     def _merge(self, node: fx.Node, where: str, kind: type[nn.Module], sources: list[str]) -> str:
-        given = list(node.args[0]) if kind is Concat and isinstance(node.args[0], tuple | list) else list(node.args)
+        given = [*node.args, *(node.kwargs[name] for name in _MERGED if name in node.kwargs)]
+        if kind is Concat and isinstance(given[0], tuple | list):
+            given = list(given[0])
         shapes = [n.meta.get("shape") for n in given if isinstance(n, fx.Node)]
         if len(sources) != 2 or len(given) < 2 or len(shapes) != 2 or None in shapes:
             raise UnsupportedLayer(f"{where}: merges {len(sources)} tensors; two different ones are supported")
-        if kind is Add and (shapes[0] != shapes[1] or node.kwargs or len(given) != 2):
-            raise UnsupportedLayer(f"{where}: adds {shapes[0]} and {shapes[1]}; two equal shapes are supported")
+        if kind is Add and (shapes[0] != shapes[1] or node.kwargs.keys() - set(_MERGED) or len(given) != 2):
+            raise UnsupportedLayer(
+                f"{where}: adds {shapes[0]} and {shapes[1]}; equal shapes are supported, without alpha"
+            )
         if kind is Concat:
             dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
             if dim % (len(shapes[0]) + 1) != 1:
@@ -604,6 +688,7 @@ class _Builder:
         makers, takers = self._makers(self._nodes[name].sources[0]), self._takers(name)
         if makers is None or takers is None:
             self._notes.append(f"{path} clips at {limit:g} instead of {high:g}")
+            self.is_exact = False
             return
         _multiply(makers, limit / high, biases=True)
         _multiply(takers, high / limit, biases=False)
@@ -674,11 +759,8 @@ def _is_valid_convolution(module: nn.Conv1d | nn.Conv2d) -> bool:
 def _scale_and_shift(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """What a BatchNorm multiplies each channel by in evaluation, and what it adds."""
     assert norm.running_mean is not None and norm.running_var is not None
-    scale = torch.rsqrt(norm.running_var + norm.eps)
-    if norm.affine:
-        scale = scale * norm.weight.detach()
-    shift = -norm.running_mean * scale
-    return scale, shift + norm.bias.detach() if norm.affine else shift
+    scale = torch.rsqrt(norm.running_var + norm.eps) * norm.weight.detach()
+    return scale, norm.bias.detach() - norm.running_mean * scale
 
 
 @torch.no_grad()

@@ -119,7 +119,32 @@ class Heads(nn.Module):
         return torch.sigmoid(self.mask(x)), self.logits(x), self.box(x)
 
 
+class Idioms(nn.Module):
+    """Ways to write things that one meets in people's models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4, affine=False)
+        self.wide, self.same = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.same.weight = self.wide.weight  # one parameter, which a clip's factor scales for one of them
+        self.bare = nn.BatchNorm1d(8, affine=False)
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = torch.clamp(self.norm(self.conv(x)), min=0)
+        x = (
+            torch.cat(tensors=[F.adaptive_avg_pool2d(x, 1), F.max_pool2d(x, x.shape[2:])], dim=1)
+            .squeeze(-1)
+            .squeeze(-1)
+        )
+        x = F.dropout(self.wide(x), 0.5, self.training).clip(0, 0.75)
+        x = self.bare(self.same(x)).clamp(max=1.5, min=-1.5)
+        return self.last(x.view(-1, 2, 2, 2).flatten(2).contiguous().view(x.size(0), -1))
+
+
 MODELS = {
+    "idioms": (Idioms, (2, 4, 4)),
     "heads": (Heads, (2, 4, 3)),
     "residual": (Residual, (2, 5, 3)),
     "branches": (Branches, (3, 9)),
@@ -362,6 +387,50 @@ class LostMean(nn.Module):
         return y.mean((2, 3)) + F.relu(y).mean((2, 3))
 
 
+class InPlace(Shift):
+    def forward(self, x):
+        x = self.fc(x)
+        return F.relu(x, inplace=True) + x
+
+
+class AlwaysDropout(Shift):
+    def forward(self, x):
+        return F.dropout(self.fc(x), 0.5)
+
+
+class Below(Shift):
+    def forward(self, x):
+        return self.fc(x).clamp(max=1)
+
+
+class Bilinear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 1)
+
+    def forward(self, x):
+        return F.interpolate(self.conv(x), None, 2, "bilinear")
+
+
+class Weighted(Shift):
+    def forward(self, x):
+        return torch.add(self.fc(x), F.relu(x), alpha=2)
+
+
+class NotCopied(Shift):
+    """As the older `weight_norm` makes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = self.fc.weight * 2
+
+
+def hooked():
+    model = nn.Sequential(nn.Linear(4, 2), nn.ReLU())
+    model[0].register_forward_hook(lambda _module, _inputs, output: output + 1)
+    return model
+
+
 class Shared(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -399,6 +468,13 @@ class Shared(nn.Module):
         (TwoInputs(), (4,), "more than one input|cannot be traced|not accept"),
         (Control(), (4,), "torch.fx cannot trace Control"),
         (Shared(), (4,), "'fc' is used more than once"),
+        (InPlace(), (4,), "something else than its layers do, by .*in-place functions whose input is read elsewhere"),
+        (hooked(), (4,), "something else than its layers do, by .*: take away hooks"),
+        (AlwaysDropout(), (4,), r"'dropout' \(dropout\): acts in evaluation too; give it training=self.training"),
+        (Below(), (4,), r"'clamp' \(clamp\): a clip is supported from 0 or -c to a positive c, or from 0 alone"),
+        (Bilinear(), (1, 2, 2), "mode='nearest' and a whole factor"),
+        (Weighted(), (4,), "without alpha"),
+        (NotCopied(), (4,), "NotCopied cannot be copied: Only Tensors created explicitly by the user"),
     ],
     ids=lambda v: v if isinstance(v, str) else None,
 )
