@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -122,6 +123,8 @@ class _LazyWriter:
             from tensorboardX.summary import scalar
 
             for key, value in values.items():
+                if not math.isfinite(value):  # tensorboardX would print about it; the training says so itself
+                    continue
                 self._writer.write_event(Event(wall_time=time.time(), step=step, summary=scalar(key, value)))
             self._writer.flush()
 

@@ -32,7 +32,7 @@ from hmq_fpga.search.describe import description
 from hmq_fpga.search.freeze import freeze, run_codes
 from hmq_fpga.search.graph import Join, QModel
 from hmq_fpga.search.instrument import instrument
-from hmq_fpga.search.methods import find_scheme, make_options
+from hmq_fpga.search.methods import check_budget, find_scheme, make_options
 from hmq_fpga.search.target import Target
 from hmq_fpga.search.train import Listener, finetune, fit, predict
 from hmq_fpga.search.zeros import ZeroPull, widen_thresholds
@@ -224,6 +224,7 @@ class _Run:
 
     def check(self) -> None:
         """Find unsupported layers, unreachable targets and data of another shape before anything is trained."""
+        check_budget(self.config.method, self.budget)
         check_output(self.config.task, self.instrumented(), self.dataset)
 
     def instrumented(self) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -278,7 +279,13 @@ def resolve(name: str) -> Task:
     build = _function(Path(file), function)
 
     def module() -> nn.Module:
-        made = build()
+        try:
+            made = build()
+        except Exception as error:  # it is the user's code: anything can come out of it
+            own = str(Path(file).absolute())
+            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == own]
+            where = f" in line {lines[-1]}" if lines else ""
+            raise InvalidInput(f"{name}: fails{where}: {type(error).__name__}: {error}") from error
         if not isinstance(made, nn.Module):
             raise InvalidInput(f"{name}: must return a torch module, returned {type(made).__name__}")
         return made

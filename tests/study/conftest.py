@@ -48,5 +48,9 @@ def own_model(tmp_path_factory):
         "    except:\n"
         "        pass\n"
         "    return small()\n"
+        "def needy(width):\n"
+        "    return nn.Linear(64, width)\n"
+        "def broken():\n"
+        "    raise ValueError('a depth\\nis missing')\n"
     )
     return path

@@ -31,9 +31,11 @@ def bad_calls(tmp_path, data, own):
     with np.load(data) as archive:
         x = archive["x_train"].copy()
     x[3, 5] = np.nan
+    line = own.read_text().splitlines().index("def broken():") + 2
     (tmp_path / "text.npz").write_text("not an archive")
     (tmp_path / "bad.yaml").write_text("task: digits_mlp\nrate: 8\n")
     (tmp_path / "worse.yaml").write_text("task: [")
+    (tmp_path / "hasty.yaml").write_text("task: digits_mlp\nsearch_steps: 100\n")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("precious")
     nan = spoiled(tmp_path / "nan.npz", data, x_train=x)
@@ -60,6 +62,12 @@ def bad_calls(tmp_path, data, own):
         "unknown method": (["digits_mlp", "--method", "magic"], "there are hmq, uniform"),
         "unknown setting": ([tmp_path / "bad.yaml"], "setting 'rate'"),
         "broken yaml": ([tmp_path / "worse.yaml"], "cannot be read"),
+        "too few steps": ([tmp_path / "hasty.yaml"], "search_steps = 100: hmq needs at least 150"),
+        "function that fails": (
+            [f"{own}:broken", "--data", data],
+            f"fails in line {line}: ValueError: a depth is missing",
+        ),
+        "function with arguments": ([f"{own}:needy", "--data", data], "needy: fails: TypeError: needy() missing 1"),
         "foreign folder": (["digits_mlp", "--out", tmp_path / "thesis"], "holds 'thesis.tex' but no run"),
         "no GPU": (["digits_mlp", "--device", "cuda"], "device 'cuda': PyTorch"),
         "not a number": (["digits_mlp", "--rw", "high"], "not a valid float"),

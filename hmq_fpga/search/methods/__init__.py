@@ -9,7 +9,7 @@ from typing import Any
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.scheme import Scheme
 from hmq_fpga.search.graph import QModel
-from hmq_fpga.search.methods.hmq import HmqOptions, hmq
+from hmq_fpga.search.methods.hmq import CYCLES, MIN_STEPS_PER_CYCLE, HmqOptions, hmq
 from hmq_fpga.search.methods.uniform import UniformOptions, uniform
 from hmq_fpga.search.target import Target
 from hmq_fpga.search.train import Budget, History, Listener, Task, ignore
@@ -17,14 +17,15 @@ from hmq_fpga.search.train import Budget, History, Listener, Task, ignore
 
 @dataclass(frozen=True)
 class Method:
-    """A search method: its function, and the dataclass of its options."""
+    """A search method: its function, the dataclass of its options, and the fewest steps that it can do with."""
 
     function: Callable[..., tuple[QModel, Scheme, History]]
     options: type
+    least_steps: int = 0
 
 
 METHODS: Mapping[str, Method] = {
-    "hmq": Method(hmq, HmqOptions),
+    "hmq": Method(hmq, HmqOptions, least_steps=CYCLES * MIN_STEPS_PER_CYCLE),
     "uniform": Method(uniform, UniformOptions),
 }
 
@@ -41,6 +42,12 @@ def make_options(method: str, settings: Mapping[str, Any]) -> Any:
     if unknown := sorted(set(settings) - set(known)):
         raise InvalidInput(f"method {method!r} has no option {unknown[0]!r}; it has {', '.join(known)}")
     return METHODS[method].options(**settings)
+
+
+def check_budget(method: str, budget: Budget) -> None:
+    """Raise `InvalidInput` where a method needs more steps."""
+    if budget.search_steps < (least := METHODS[method].least_steps):
+        raise InvalidInput(f"search_steps = {budget.search_steps}: {method} needs at least {least}")
 
 
 def find_scheme(
@@ -61,8 +68,10 @@ def find_scheme(
         steps.
 
     Raises:
-        InvalidInput: for an unknown method or option, or a target out of reach, before anything is trained.
+        InvalidInput: for an unknown method or option, too few steps, or a target out of reach, before anything is
+            trained.
     """
     settings = make_options(method, options or {})
+    check_budget(method, budget)
     target.check(model)
     return METHODS[method].function(model, task, budget, target, settings, seed=seed, listener=listener)

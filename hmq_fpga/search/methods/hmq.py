@@ -100,14 +100,8 @@ def hmq(
     seed: int,
     listener: Listener,
 ) -> tuple[QModel, Scheme, History]:
-    """Train weights and formats together until the targets are met, and repair what is still missing.
-
-    Raises:
-        InvalidInput: when the budget has too few steps for the schedule.
-    """
+    """Train weights and formats together until the targets are met, and repair what is still missing."""
     steps = budget.search_steps
-    if steps < CYCLES * MIN_STEPS_PER_CYCLE:
-        raise InvalidInput(f"search_steps = {steps}: hmq needs at least {CYCLES * MIN_STEPS_PER_CYCLE}")
     schedule = Schedule(steps=steps, target=target, options=options)
     limits = max_thresholds_log2(model, task)
     weights, activations = weight_sites(model), activation_sites(model)
