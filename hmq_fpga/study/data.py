@@ -156,15 +156,21 @@ def _with_samples(dataset: Dataset, change: Callable[[Array], Array]) -> Dataset
     return replace(dataset, **samples)
 
 
-def load_npz(path: Path) -> Dataset:
+def load_npz(path: Path, *, sequences: bool = False) -> Dataset:
     """A user's own data: an `.npz` file of `x_train, y_train, x_test, y_test`.
 
     Values are taken as they are; images are channels-first, or `(n, height, width)` with one channel.
 
+    Args:
+        path: of the file.
+        sequences: samples of two dimensions are `(channels, length)`, for `Conv1d`, not images.
+
     Raises:
         InvalidInput: naming the file, the array and what is wrong with it.
     """
-    return _dataset(_read(path), str(path))
+    dataset = _dataset(_read(path), str(path))
+    one_channel = dataset.x_train.ndim == 4 and dataset.x_train.shape[1] == 1
+    return _with_samples(dataset, lambda x: x[:, 0]) if sequences and one_channel else dataset
 
 
 def as_images(dataset: Dataset, shape: tuple[int, ...]) -> Dataset:

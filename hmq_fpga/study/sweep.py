@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from hmq_fpga.deploy.toolchain import GXX
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.search.methods import make_options
-from hmq_fpga.study import table
+from hmq_fpga.study import interrupt, table
 from hmq_fpga.study.monitor import Bars
 from hmq_fpga.study.run import RunConfig, make_config, read_settings, require_device, run, train_baseline
 from hmq_fpga.study.stages import check_ours
@@ -211,6 +211,7 @@ def perform(jobs: list[Job], workers: Workers, monitor: SweepMonitor | None) -> 
     working: dict[Future[str | None], Job] = {}
     waiting = list(jobs)
     while waiting or working:
+        interrupt.check()
         room = (workers.limit or len(jobs)) - len(working)
         ready = [job for job in waiting if job.after is None or job.after in done][:room]
         if suspects := [job for job in waiting if deaths[job.name]]:  # alone, to know whose process dies

@@ -265,6 +265,9 @@ TASKS = {
 }
 
 
+_OVER_SEQUENCES = (nn.Conv1d, nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveMaxPool1d, nn.AdaptiveAvgPool1d)
+
+
 def resolve(name: str) -> Task:
     """The named task, or the one of a user's `FILE.py:FUNCTION`, whose function returns the float module.
 
@@ -293,7 +296,7 @@ def resolve(name: str) -> Task:
     def load(path: Path | None) -> Dataset:
         if path is None:
             raise InvalidInput(f"{name}: give the data of your own model with --data FILE.npz")
-        return data.load_npz(path)
+        return data.load_npz(path, sequences=any(isinstance(m, _OVER_SEQUENCES) for m in module().modules()))
 
     return Task(summary=name, build=module, load=load, source=Path(file).read_text())
 

@@ -294,6 +294,21 @@ def test_several_outputs_are_a_regression_of_all_in_a_row(own_model, digits_file
         run(make_config({**task, **steps, "data": digits_file, "out": tmp_path / "classes"}), Quiet())
 
 
+def test_samples_of_two_dimensions_are_sequences_to_a_model_over_them(own_model, digits_file, tmp_path):
+    with np.load(digits_file) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    for split in ("x_train", "x_test"):
+        arrays[split] = arrays[split].reshape(-1, 8, 8)
+    np.savez(tmp_path / "rows.npz", **arrays)
+    steps = {"float_steps": 200, "search_steps": 150, "finetune_steps": 50, "estimate": "none"}
+    task = {"task": f"{own_model}:over_rows", "data": tmp_path / "rows.npz", "out": tmp_path / "run"}
+    record = run(make_config(task | steps), Quiet())
+    assert record["metrics"]["parity_passed"]
+    assert record["metrics"]["qnet_accuracy"] > 0.5
+    net = QNet.load(tmp_path / "run" / "qnet")
+    assert net.shapes[net.ops[0].name] == (8, 8)  # length, channels
+
+
 def test_curves_for_tensorboard(undisturbed):
     """As TensorBoard itself reads them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
