@@ -110,6 +110,7 @@ class HlsProject:
         digest: of the network that it was made from.
         tensors: in network order, the input first.
         outputs: ops whose tensors the top function puts out, in the order of its arguments.
+        reuse_factors: of the layers with weights; hls4ml takes the nearest that divides a layer's work.
     """
 
     folder: Path
@@ -117,6 +118,7 @@ class HlsProject:
     digest: str
     tensors: tuple[Tensor, ...]
     outputs: tuple[str, ...]
+    reuse_factors: Mapping[str, int]
     name: ClassVar[str] = "csim"
 
     @classmethod
@@ -143,7 +145,7 @@ class HlsProject:
             io_type: arrays or streams between layers.
             part: FPGA part.
             clock_ns: clock period in ns.
-            reuse_factor: multiplications per multiplier.
+            reuse_factor: multiplications per multiplier, or what is nearest to it in a layer.
             strategy: hls4ml's for matrix products.
             layers: reuse factor and strategy of single linear ops, by name.
             project_name: name of the top function.
@@ -153,18 +155,11 @@ class HlsProject:
             InvalidInput: for an option or a network that cannot be converted.
             RuntimeError: when hls4ml dropped or added a layer or changed a type, naming the layer.
         """
-        strategies = [strategy, *(s.strategy for s in (layers or {}).values() if s.strategy)]
-        for value, choices in ((backend, Backend), (io_type, IoType), *((s, Strategy) for s in strategies)):
-            if value not in get_args(choices):
-                raise InvalidInput(f"{value!r} is none of {', '.join(get_args(choices))}")
-        if unknown := sorted(set(layers or {}) - {op.name for op in net.linears}):
-            names = ", ".join(op.name for op in net.linears)
-            raise InvalidInput(f"layer {unknown[0]!r} has no reuse factor or strategy; these layers have: {names}")
         if not re.fullmatch(r"[A-Za-z]\w*", project_name):
             raise InvalidInput(f"project name {project_name!r}: letters, digits and underscores, a letter first")
-        if io_type == "io_stream":
-            _check_streams(net)
-        _check_adders(net, strategy, reuse_factor, layers or {})
+        check_settings(
+            net, backend=backend, io_type=io_type, reuse_factor=reuse_factor, strategy=strategy, layers=layers or {}
+        )
         GXX.require()
         folder.parent.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -181,12 +176,20 @@ class HlsProject:
                 clock_period=clock_ns,
             )
             _check_layers(net, graph)
+            factors = {op.name: int(graph.graph[op.name].get_attr("reuse_factor")) for op in net.linears}
+            for name, settings in (layers or {}).items():
+                if settings.reuse_factor not in (None, factors[name]):
+                    raise InvalidInput(
+                        f"layer {name!r} cannot have the reuse factor {settings.reuse_factor}: it must divide the "
+                        f"layer's work; the nearest is {factors[name]}"
+                    )
             project = cls(
                 folder=new,
                 top=project_name,
                 digest=net.digest,
                 tensors=_tensors(net, graph),
                 outputs=tuple(op.name for op in net.outputs),
+                reuse_factors=factors,
             )
             _write(graph, project)
             _compare(expected_types(net), project.types())
@@ -212,7 +215,14 @@ class HlsProject:
                 for t in data["tensors"]
             )
             outputs = tuple(data.get("outputs", [tensors[-1].op]))
-            return cls(folder=folder, top=data["top"], digest=data["digest"], tensors=tensors, outputs=outputs)
+            return cls(
+                folder=folder,
+                top=data["top"],
+                digest=data["digest"],
+                tensors=tensors,
+                outputs=outputs,
+                reuse_factors=data.get("reuse_factors", {}),
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InvalidInput(f"{folder}: not an hls4ml project of this package: {error}") from error
 
@@ -422,6 +432,31 @@ def _next_frac(net: QNet, op: Op) -> int:
     return min(fracs)
 
 
+def check_settings(
+    net: QNet,
+    *,
+    backend: Backend,
+    io_type: IoType,
+    reuse_factor: int,
+    strategy: Strategy,
+    layers: Mapping[str, LayerSettings],
+) -> None:
+    """Raise `InvalidInput` where a project cannot be made of a network with these settings of `HlsProject.create`.
+
+    Only its ops count, not its numbers: one that is not trained yet will do.
+    """
+    strategies = [strategy, *(s.strategy for s in layers.values() if s.strategy)]
+    for value, choices in ((backend, Backend), (io_type, IoType), *((s, Strategy) for s in strategies)):
+        if value not in get_args(choices):
+            raise InvalidInput(f"{value!r} is none of {', '.join(get_args(choices))}")
+    if unknown := sorted(set(layers) - {op.name for op in net.linears}):
+        names = ", ".join(op.name for op in net.linears)
+        raise InvalidInput(f"layer {unknown[0]!r} has no reuse factor or strategy; these layers have: {names}")
+    if io_type == "io_stream":
+        _check_streams(net)
+    _check_adders(net, strategy, reuse_factor, layers)
+
+
 def _check_streams(net: QNet) -> None:
     """Refuse what hls4ml's streams compute wrongly, or refuse by an assertion in the generated code."""
     flattened = {op.name for op in net.ops if isinstance(op, Flatten) and len(net.shapes[op.source]) > 1}
@@ -578,6 +613,7 @@ def _write(graph: Any, project: HlsProject) -> None:
         "top": project.top,
         "digest": project.digest,
         "outputs": project.outputs,
+        "reuse_factors": project.reuse_factors,
         "tensors": [asdict(t) for t in project.tensors],
     }
     (project.folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")

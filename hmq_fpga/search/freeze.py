@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hmq_fpga.ir import network
 from hmq_fpga.ir.errors import InvalidInput, UnsupportedLayer
 from hmq_fpga.ir.fixed import MAX_WIDTH, Codes, Fixed
+from hmq_fpga.search.calibrate import scheme_of
 from hmq_fpga.search.graph import (
     INPUT,
     Activation,
@@ -31,6 +32,7 @@ from hmq_fpga.search.graph import (
     weight_site,
 )
 
+OUTLINE_BITS = 8
 Order = np.ndarray[Any, Any] | None  # of flattened features: which of PyTorch's each one is; None: the same
 
 
@@ -55,6 +57,21 @@ def freeze(model: QModel) -> network.QNet:
     if any(orders[name] is not None for name in outputs):
         raise UnsupportedLayer("model: its output is a flattened image; end with a Linear, or do not flatten")
     return network.QNet(tuple(ops))
+
+
+def outline(model: QModel) -> network.QNet:
+    """The network that a search will find, but for its numbers; leaves a scheme that means nothing in the model.
+
+    Raises:
+        UnsupportedLayer: as `freeze`.
+    """
+    limits = [layer.limit_log2 for layer in model.layers if isinstance(layer, Activation)]
+    threshold = min([0, *(limit for limit in limits if limit is not None)])
+    formats = {
+        s.name: Fixed.from_threshold(signed=s.signed, bits=OUTLINE_BITS, threshold_log2=threshold) for s in model.sites
+    }
+    model.set_scheme(scheme_of(model, formats, {}))
+    return freeze(model)
 
 
 @torch.no_grad()

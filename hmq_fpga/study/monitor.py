@@ -158,6 +158,10 @@ def summary(folder: Path, record: Mapping[str, Any]) -> Table:
             "accuracy", f"{metrics['qnet_accuracy']:.2%} on the test split (float {metrics['float_accuracy']:.2%})"
         )
     grid.add_row("parity", verdict(parity))
+    asked = {name: layer["reuse_factor"] or config["reuse_factor"] for name, layer in config["layers"].items()}
+    for name, factor in metrics.get("reuse_factors", {}).items():
+        if factor != (wish := asked.get(name, config["reuse_factor"])):
+            grid.add_row("reuse factor", f"{factor} of {name}, the nearest to {wish} that divides its work")
     for resources in json.loads((folder / "resources.json").read_text()):
         grid.add_row(resources["stage"], _figures(resources))
     grid.add_row("seconds", ", ".join(f"{name} {value:.1f}" for name, value in metrics["seconds"].items()))

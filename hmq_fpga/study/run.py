@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from hmq_fpga.deploy.convert import convert
-from hmq_fpga.deploy.hls import DEFAULT_PART, HlsProject, LayerSettings
+from hmq_fpga.deploy.hls import DEFAULT_PART, HlsProject, LayerSettings, check_settings
 from hmq_fpga.deploy.parity import Parity, Simulator, check
 from hmq_fpga.deploy.qkeras_model import QKerasSimulator
 from hmq_fpga.deploy.report import Resources
@@ -29,7 +29,7 @@ from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.network import QNet
 from hmq_fpga.ir.scheme import Scheme
 from hmq_fpga.search.describe import description
-from hmq_fpga.search.freeze import freeze, run_codes
+from hmq_fpga.search.freeze import freeze, outline, run_codes
 from hmq_fpga.search.graph import Join, QModel
 from hmq_fpga.search.instrument import instrument
 from hmq_fpga.search.methods import check_budget, find_scheme, make_options
@@ -214,6 +214,13 @@ class _Run:
             steps = {"float_steps": 0, **steps}
         self.budget = replace(task.budget, **steps)
         self.io_type = config.io_type or task.io_type
+        self.project: dict[str, Any] = {
+            "backend": config.backend,
+            "io_type": self.io_type,
+            "reuse_factor": config.reuse_factor,
+            "strategy": config.strategy,
+            "layers": config.layers,
+        }
         self.batch_size, self.source = task.batch_size, task.source
         require_device(config.device)
         self.training = training_task(dataset, task.batch_size, config.device)
@@ -223,9 +230,11 @@ class _Run:
             load_weights(self.model, config.weights)
 
     def check(self) -> None:
-        """Find unsupported layers, unreachable targets and data of another shape before anything is trained."""
+        """Find what cannot be, of layers, targets, data and hardware, before anything is trained."""
         check_budget(self.config.method, self.budget)
-        check_output(self.config.task, self.instrumented(), self.dataset)
+        model = self.instrumented()
+        check_output(self.config.task, model, self.dataset)
+        check_settings(outline(model), **self.project)
 
     def instrumented(self) -> Any:
         """The current float model with its sites, checked against the target."""
@@ -417,19 +426,15 @@ class _Run:
         }
 
     def convert(self, new: Path) -> dict[str, Any]:
-        convert(
+        project = convert(
             QNet.load(self.folder / "qnet"),
             new,
             samples=channels_last(self.proven.x_test),
-            backend=self.config.backend,
-            io_type=self.io_type,
             part=self.config.part,
             clock_ns=self.config.clock_ns,
-            reuse_factor=self.config.reuse_factor,
-            strategy=self.config.strategy,
-            layers=self.config.layers,
+            **self.project,
         )
-        return {}
+        return {"reuse_factors": dict(project.reuse_factors)}
 
     def parity(self, new: Path) -> dict[str, Any]:
         parity = compare(self.folder, self.proven, verilog=self.config.estimate == "rtl")

@@ -71,14 +71,19 @@ def _typedefs(folder):
 def test_reuse_factor_and_strategy_are_the_layers_own(mlp, tmp_path, caplog):
     caplog.set_level("DEBUG")
     _, options = PROJECTS["mlp-stream"]
-    _, layers = _typedefs(HlsProject.create(mlp, tmp_path / "project", **options).folder)
+    project = HlsProject.create(mlp, tmp_path / "project", **options)
+    _, layers = _typedefs(project.folder)
     reuse = {name: re.search(r"reuse_factor = (\d+);", layers[name][1])[1] for name in ("fc1", "fc2", "fc3", "fc4")}
     assert reuse == {"fc1": "2", "fc2": "8", "fc3": "1", "fc4": "3"}
+    assert project.reuse_factors == {name: int(factor) for name, factor in reuse.items()}
+    assert HlsProject.load(project.folder) == project
     assert 'Invalid ReuseFactor=2 in layer "fc3"' in caplog.text  # hls4ml takes the nearest that divides the work
     strategy = {name: re.search(r"strategy = nnet::(\w+);", layers[name][1])[1] for name in reuse}
     assert strategy == {"fc1": "resource", "fc2": "resource", "fc3": "resource", "fc4": "latency"}
     with pytest.raises(InvalidInput, match=r"layer 'relu1' has no reuse factor.*fc1, fc2, fc3, fc4"):
         HlsProject.create(mlp, tmp_path / "other", layers={"relu1": LayerSettings(reuse_factor=2)})
+    with pytest.raises(InvalidInput, match=r"'fc3' cannot have the reuse factor 2: .* the nearest is 1"):
+        HlsProject.create(mlp, tmp_path / "other", strategy="Resource", layers={"fc3": LayerSettings(reuse_factor=2)})
     with pytest.raises(InvalidInput, match="'Magic' is none of"):
         HlsProject.create(mlp, tmp_path / "other", layers={"fc1": LayerSettings(strategy="Magic")})
     assert not (tmp_path / "other").exists()

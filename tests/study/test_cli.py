@@ -36,11 +36,13 @@ def bad_calls(tmp_path, data, own):
     (tmp_path / "bad.yaml").write_text("task: digits_mlp\nrate: 8\n")
     (tmp_path / "worse.yaml").write_text("task: [")
     (tmp_path / "hasty.yaml").write_text("task: digits_mlp\nsearch_steps: 100\n")
+    (tmp_path / "layers.yaml").write_text("task: digits_mlp\nlayers: {fc9: {reuse_factor: 2}}\n")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("precious")
     nan = spoiled(tmp_path / "nan.npz", data, x_train=x)
     short = spoiled(tmp_path / "short.npz", data, y_test=np.arange(3))
     real = spoiled(tmp_path / "real.npz", data, y_train=x[:, :3] * 0, y_test=x[:200, :3] * 0)
+    images = spoiled(tmp_path / "images.npz", data, x_train=np.zeros((900, 1, 8, 8)), x_test=np.zeros((200, 1, 8, 8)))
     torch.save({"0.weight": torch.zeros(3)}, tmp_path / "other.pt")
     (tmp_path / "evil.pt").write_bytes(pickle.dumps(Path.cwd()))
     return {
@@ -63,6 +65,12 @@ def bad_calls(tmp_path, data, own):
         "unknown setting": ([tmp_path / "bad.yaml"], "setting 'rate'"),
         "broken yaml": ([tmp_path / "worse.yaml"], "cannot be read"),
         "too few steps": ([tmp_path / "hasty.yaml"], "search_steps = 100: hmq needs at least 150"),
+        "unknown layer": ([tmp_path / "layers.yaml"], "layer 'fc9' has no reuse factor or strategy; these layers have"),
+        "an image in a row": ([f"{own}:flat", "--data", images], "its output is a flattened image"),
+        "no stream of it": (
+            [f"{own}:overlap", "--data", images, "--io-type", "io_stream"],
+            "io_stream cannot pool windows",
+        ),
         "function that fails": (
             [f"{own}:broken", "--data", data],
             f"fails in line {line}: ValueError: a depth is missing",
