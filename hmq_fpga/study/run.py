@@ -187,20 +187,26 @@ def run(config: RunConfig, monitor: Monitor, *, shared: Path | None = None, pati
     make_options(config.method, config.options)
     check_ours(config.folder)
     GXX.require()
-    return _Run(config, task, target, monitor).everything(shared, patience_s)
+    return _Run(config, task, target).everything(monitor, shared, patience_s)
 
 
 def train_baseline(config: RunConfig, monitor: Monitor, *, patience_s: float = 0) -> None:
     """Only the float baseline of a configuration, in a run's folder that others can share; see `run`."""
     check_ours(config.folder)
-    _Run(config, resolve(config.task), Target(), monitor).baseline(patience_s)
+    _Run(config, resolve(config.task), Target()).baseline(monitor, patience_s)
+
+
+def check_run(config: RunConfig) -> None:
+    """Raise `InvalidInput` for what no target and no seed would mend: of data, model, steps and hardware settings."""
+    make_options(config.method, config.options)
+    _Run(config, resolve(config.task), Target()).check_model()
 
 
 class _Run:
     """The stages of one run."""
 
-    def __init__(self, config: RunConfig, task: Task, target: Target, monitor: Monitor) -> None:
-        self.config, self.target, self.monitor = config, target, monitor
+    def __init__(self, config: RunConfig, task: Task, target: Target) -> None:
+        self.config, self.target = config, target
         self.dataset = dataset = task.load(config.data)
         self.proven = _proven(config, task, dataset)
         torch.set_num_threads(min(task.threads, _allowed_threads()))
@@ -229,21 +235,21 @@ class _Run:
         if config.weights is not None:
             load_weights(self.model, config.weights)
 
-    def check(self) -> None:
-        """Find what cannot be, of layers, targets, data and hardware, before anything is trained."""
+    def check_model(self) -> QModel:
+        """Find what cannot be before anything is trained; the current float model with its sites."""
         check_budget(self.config.method, self.budget)
         model = self.instrumented()
         check_output(self.config.task, model, self.dataset)
         check_settings(outline(model), **self.project)
-
-    def instrumented(self) -> Any:
-        """The current float model with its sites, checked against the target."""
-        model = instrument(self.model, self.training.input_shape, input_signed=self.training.input_signed)
-        self.target.check(model)
         return model
 
-    def everything(self, shared: Path | None, patience_s: float) -> dict[str, Any]:
-        self.check()
+    def instrumented(self) -> QModel:
+        """The current float model with its sites."""
+        return instrument(self.model, self.training.input_shape, input_signed=self.training.input_signed)
+
+    def everything(self, monitor: Monitor, shared: Path | None, patience_s: float) -> dict[str, Any]:
+        self.target.check(self.check_model())
+        self.monitor = monitor
         with self.opened(patience_s) as folder:
             for stage in self.stages():
                 self.do(folder, stage, shared)
@@ -251,7 +257,8 @@ class _Run:
             page.write_page(self.folder)
             return folder.record
 
-    def baseline(self, patience_s: float) -> None:
+    def baseline(self, monitor: Monitor, patience_s: float) -> None:
+        self.monitor = monitor
         with self.opened(patience_s) as folder:
             self.do(folder, self.stages()[0])
 

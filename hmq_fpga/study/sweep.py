@@ -16,13 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from hmq_fpga.deploy.toolchain import GXX
 from hmq_fpga.ir.errors import InvalidInput
-from hmq_fpga.search.methods import make_options
 from hmq_fpga.study import interrupt, table
 from hmq_fpga.study.monitor import Bars
-from hmq_fpga.study.run import RunConfig, make_config, read_settings, require_device, run, train_baseline
+from hmq_fpga.study.run import RunConfig, check_run, make_config, read_settings, require_device, run, train_baseline
 from hmq_fpga.study.stages import check_ours
 from hmq_fpga.study.sweep_page import write_sweep_page
-from hmq_fpga.study.tasks import resolve
 from hmq_fpga.study.workers import Given, Processes, Workers, cluster, cores, exclusive
 
 POLL_S = 0.5  # between two looks at the runs
@@ -160,12 +158,10 @@ def sweep(
         InvalidInput: for what would fail every run, before anything is written.
     """
     runs = config.runs()
-    for method in config.methods:
-        make_options(method, config.settings.get("options", {}))
-    first = next(iter(runs.values()))
-    resolve(config.task).load(first.data)  # once, before many processes look for it
-    if address is None and executor is None:
-        require_device(first.device)
+    for first in {each.method: each for each in reversed(runs.values())}.values():
+        check_run(first.model_copy(update={"device": "cpu"}))
+        if address is None and executor is None:
+            require_device(first.device)
     GXX.require()
     folder = config.folder
     check_ours(folder, table.SWEEP, "sweep")

@@ -102,7 +102,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, digits_file, own_mod
             assert files(tmp_path) == before
 
 
-def bad_sweeps(tmp_path, data):
+def bad_sweeps(tmp_path, data, own):
     """Arguments after `sweep`, and what the one line must say."""
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("precious")
@@ -113,14 +113,15 @@ def bad_sweeps(tmp_path, data):
         "no number": (["digits_mlp", "--seeds", "-1"], "No such option"),
         "unknown method": (["digits_mlp", "--methods", "hmq", "magic"], "there are hmq, uniform"),
         "missing data": (["digits_mlp", "--data", tmp_path / "none.npz"], "none.npz: no such file"),
+        "unsupported module": ([f"{own}:gelu", "--data", data], "'1' (GELU): is not supported"),
         "no process": (["digits_mlp", "--data", data, "--jobs", "0"], "--jobs 0: give at least 1"),
         "bad address": (["digits_mlp", "--data", data, "--cluster", "tcp:/nowhere"], "--cluster tcp:/nowhere"),
         "foreign folder": (["digits_mlp", "--out", tmp_path / "thesis"], "holds 'thesis.tex' but no sweep"),
     }
 
 
-def test_bad_sweep_is_one_line_and_writes_nothing(tmp_path, digits_file, monkeypatch, capsys, subtests):
-    cases = bad_sweeps(tmp_path, digits_file)
+def test_bad_sweep_is_one_line_and_writes_nothing(tmp_path, digits_file, own_model, monkeypatch, capsys, subtests):
+    cases = bad_sweeps(tmp_path, digits_file, own_model)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     before = files(tmp_path)
