@@ -599,7 +599,7 @@ class _Builder:
             given = list(given[0])
         shapes = [n.meta.get("shape") for n in given if isinstance(n, fx.Node)]
         if len(sources) != 2 or len(given) < 2 or len(shapes) != 2 or None in shapes:
-            raise UnsupportedLayer(f"{where}: merges {len(sources)} tensors; two different ones are supported")
+            raise UnsupportedLayer(f"{where}: merges {len(sources)} tensors: merge two different ones at a time")
         if kind is Add and (shapes[0] != shapes[1] or node.kwargs.keys() - set(_MERGED) or len(given) != 2):
             raise UnsupportedLayer(
                 f"{where}: adds {shapes[0]} and {shapes[1]}; equal shapes are supported, without alpha"
