@@ -526,6 +526,9 @@ class _Builder:
             layer = nn.Flatten()
         return self._append(node, path, layer, source)
 
+    def _shape(self, tensor: str) -> Shape:
+        return self._input_shape if tensor == INPUT else self._nodes[tensor].shape
+
     def _kind(self, node: fx.Node) -> Any:
         """What `_READERS` and the like know an operation by."""
         return type(self._modules[node.target]) if node.op == "call_module" else node.target
@@ -542,7 +545,7 @@ class _Builder:
         reader = _READERS.get(target)
         if reader is None or len(tensors) != 1 or node.args[:1] != (tensors[0],):
             raise UnsupportedLayer(f"is not supported; supported are {', '.join(supported())}")
-        shapes = _Shapes(tensors[0].meta["shape"], node.meta["shape"])
+        shapes = _Shapes(self._shape(self._tensor_of[tensors[0]]), node.meta["shape"])
         if node.op == "call_module":
             return reader(shapes, self._modules[node.target])
         arguments, named = fx.map_arg((node.args[1:], node.kwargs), lambda size: size.meta["value"])
@@ -577,8 +580,8 @@ class _Builder:
         """The same function; hls4ml's streams cannot round what was flattened."""
         flatten, module = self._nodes.pop(flat), self._layers.pop(flat)
         (image,) = flatten.sources
-        shape = self._nodes[image].shape if image != INPUT else self._input_shape
-        self._layers[node.name], self._nodes[node.name] = layer, replace(node, sources=(image,), shape=shape)
+        self._layers[node.name] = layer
+        self._nodes[node.name] = replace(node, sources=(image,), shape=self._shape(image))
         self._layers[flat], self._nodes[flat] = module, replace(flatten, sources=(node.name,))
         return flat
 

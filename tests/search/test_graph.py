@@ -412,6 +412,17 @@ class Bilinear(nn.Module):
         return F.interpolate(self.conv(x), None, 2, "bilinear")
 
 
+class OverPooled(nn.Module):
+    """A pooled image, read as a sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool, self.conv = nn.AdaptiveAvgPool2d((4, 1)), nn.Conv1d(2, 2, 3)
+
+    def forward(self, x):
+        return self.conv(self.pool(x).squeeze(-1).contiguous())
+
+
 class Weighted(Shift):
     def forward(self, x):
         return torch.add(self.fc(x), F.relu(x), alpha=2)
@@ -474,6 +485,7 @@ class Shared(nn.Module):
         (Below(), (4,), r"'clamp' \(clamp\): a clip is supported from 0 or -c to a positive c, or from 0 alone"),
         (Bilinear(), (1, 2, 2), "mode='nearest' and a whole factor"),
         (Weighted(), (4,), "without alpha"),
+        (OverPooled(), (2, 4, 4), r"cannot turn \(2, 4, 1\) into \(2, 4\): only flattening is supported"),
         (NotCopied(), (4,), "NotCopied cannot be copied: Only Tensors created explicitly by the user"),
     ],
     ids=lambda v: v if isinstance(v, str) else None,
