@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import re
+import resource
 import shutil
 import subprocess
 import tempfile
@@ -63,6 +64,7 @@ Types = dict[str, dict[str, str]]  # C++ type by op name and role: result, and w
 
 _ADDERS = "distributed_arithmetic"
 RECORD = "hmq_fpga.json"
+STACK_BYTES = 96 << 20  # what Linux leaves a stack to grow to, less what is there
 DEFAULT_PART = "xcvu13p-flga2577-2-e"
 log = logging.getLogger(__name__)
 
@@ -313,6 +315,7 @@ class HlsProject:
 
     def _call(self, *arrays: npt.NDArray[np.float64], library: ctypes.CDLL | None = None) -> None:
         """Run the top function on one sample: its input, and where each port's values go."""
+        _deepen_stack()
         (library or self._library)[f"{self.top}_double"](*(array.ctypes for array in arrays))
 
     def _first(self, variable: str) -> Tensor:
@@ -649,6 +652,17 @@ def _no_leftovers() -> Iterator[None]:
         printed.seek(0)
         if lines := [line for line in printed.read().decode().splitlines() if "leftover data" in line]:
             raise ParityError(f"C simulation: {lines[0]}")
+
+
+def _deepen_stack() -> None:
+    """Let the stack of this process hold all products of a layer, where hls4ml's C++ has them.
+
+    Two million take the usual 8 MiB, and beyond it the process would end without a word.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
+    wanted = STACK_BYTES if hard == resource.RLIM_INFINITY else min(STACK_BYTES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_STACK, (wanted, hard))
 
 
 class _TraceData(ctypes.Structure):

@@ -1,5 +1,7 @@
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -290,3 +292,23 @@ def test_distributed_arithmetic_is_refused_where_it_cannot_be(mlp, tmp_path, mon
     with pytest.raises(InvalidInput, match=r"needs da4ml.*pip install 'hmq-fpga\[da\]'"):
         HlsProject.create(mlp, tmp_path / "hls", **strategy)
     assert not list(tmp_path.iterdir())
+
+
+WIDE = """
+from pathlib import Path
+import numpy as np
+from torch import nn
+from hmq_fpga.deploy.hls import HlsProject
+from hmq_fpga.ir import reference
+from hmq_fpga.search.freeze import outline
+from hmq_fpga.search.instrument import instrument
+net = outline(instrument(nn.Sequential(nn.Linear(2048, 1500)), (2048,)))
+x = np.random.default_rng(0).normal(size=(2, 2048)).astype(np.float32)
+np.testing.assert_array_equal(HlsProject.create(net, Path("hls")).predict(x), reference.run(net, x))
+"""
+
+
+def test_a_layer_of_three_million_products_does_not_break_the_stack(tmp_path):
+    """In a process of its own, whose main thread has the stack that the system gives."""
+    done = subprocess.run([sys.executable, "-c", WIDE], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
