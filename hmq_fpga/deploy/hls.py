@@ -315,7 +315,6 @@ class HlsProject:
 
     def _call(self, *arrays: npt.NDArray[np.float64], library: ctypes.CDLL | None = None) -> None:
         """Run the top function on one sample: its input, and where each port's values go."""
-        _deepen_stack()
         (library or self._library)[f"{self.top}_double"](*(array.ctypes for array in arrays))
 
     def _first(self, variable: str) -> Tensor:
@@ -355,6 +354,7 @@ class HlsProject:
                 raise RuntimeError(f"{folder}: the C simulation does not compile: {' '.join(errors[:3])}")
             # From a path of its own: the loader would take an older library of the same path for this one
             built = folder / "firmware" / f"{self.top}-{_stamp(self.digest)}.so"
+            _deepen_stack()
             library = ctypes.CDLL(str(shutil.copy(built, scratch)))
         library[f"{self.top}_double"].restype = None
         return library

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -196,10 +196,14 @@ def train_baseline(config: RunConfig, monitor: Monitor, *, patience_s: float = 0
     _Run(config, resolve(config.task), Target()).baseline(monitor, patience_s)
 
 
-def check_run(config: RunConfig) -> None:
+def check_run(config: RunConfig, methods: Sequence[str]) -> None:
     """Raise `InvalidInput` for what no target and no seed would mend: of data, model, steps and hardware settings."""
-    make_options(config.method, config.options)
-    _Run(config, resolve(config.task), Target()).check_model()
+    for method in methods:
+        make_options(method, config.options)
+    checked = _Run(config, resolve(config.task), Target())
+    for method in methods:
+        check_budget(method, checked.budget)
+    checked.check_model()
 
 
 class _Run:
@@ -237,7 +241,6 @@ class _Run:
 
     def check_model(self) -> QModel:
         """Find what cannot be before anything is trained; the current float model with its sites."""
-        check_budget(self.config.method, self.budget)
         model = self.instrumented()
         check_output(self.config.task, model, self.dataset)
         check_settings(outline(model), **self.project)
@@ -248,6 +251,7 @@ class _Run:
         return instrument(self.model, self.training.input_shape, input_signed=self.training.input_signed)
 
     def everything(self, monitor: Monitor, shared: Path | None, patience_s: float) -> dict[str, Any]:
+        check_budget(self.config.method, self.budget)
         self.target.check(self.check_model())
         self.monitor = monitor
         with self.opened(patience_s) as folder:

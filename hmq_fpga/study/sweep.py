@@ -158,10 +158,10 @@ def sweep(
         InvalidInput: for what would fail every run, before anything is written.
     """
     runs = config.runs()
-    for first in {each.method: each for each in reversed(runs.values())}.values():
-        check_run(first.model_copy(update={"device": "cpu"}))
-        if address is None and executor is None:
-            require_device(first.device)
+    first = next(iter(runs.values()))
+    if address is None and executor is None:
+        require_device(first.device)
+    check_run(first.model_copy(update={"device": "cpu"}), config.methods)
     GXX.require()
     folder = config.folder
     check_ours(folder, table.SWEEP, "sweep")
