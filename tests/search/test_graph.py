@@ -127,7 +127,6 @@ class Idioms(nn.Module):
         self.conv = nn.Conv2d(2, 4, 3, padding=1)
         self.norm = nn.BatchNorm2d(4, affine=False)
         self.wide, self.same = nn.Linear(8, 8), nn.Linear(8, 8)
-        self.same.weight = self.wide.weight  # one parameter, which a clip's factor scales for one of them
         self.bare = nn.BatchNorm1d(8, affine=False)
         self.last = nn.Linear(8, 3)
 
@@ -143,7 +142,15 @@ class Idioms(nn.Module):
         return self.last(x.view(-1, 2, 2, 2).flatten(2).contiguous().view(x.size(0), -1))
 
 
+def tied():
+    """Two layers of one weight, of which the clip between them scales each by another factor."""
+    first, second = nn.Linear(6, 6), nn.Linear(6, 6)
+    second.weight = first.weight
+    return nn.Sequential(first, nn.Hardtanh(0, 0.75), second)
+
+
 MODELS = {
+    "tied": (tied, (6,)),
     "idioms": (Idioms, (2, 4, 4)),
     "heads": (Heads, (2, 4, 3)),
     "residual": (Residual, (2, 5, 3)),
