@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from lut_model import FITTED_SEED
 
-from hmq_fpga.deploy import model_estimate
+from hmq_fpga.deploy.rtl import estimate as model_estimate
 from hmq_fpga.ir.network import QNet
-from hmq_fpga.study.hardware import synthesize_by_yosys
+from hmq_fpga.study.run.hardware import synthesize_by_yosys
 
 PAIRS = (("trace", "yosys"), ("model", "trace"), ("model", "yosys"))
 

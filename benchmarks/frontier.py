@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from hmq_fpga.deploy.parity import check
-from hmq_fpga.deploy.rtl import RtlProject
+from hmq_fpga.deploy.rtl.project import RtlProject
 from hmq_fpga.ir import cost
 from hmq_fpga.ir.scheme import Scheme
 from hmq_fpga.search.freeze import freeze

@@ -1,4 +1,4 @@
-"""Fit the coefficients of `hmq_fpga.deploy.model_estimate` to traced networks, and test them on others.
+"""Fit the coefficients of `hmq_fpga.deploy.rtl.estimate` to traced networks, and test them on others.
 
     python benchmarks/lut_model.py --drawn 160 --trained build/estimates/*
 
@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from scipy.optimize import least_squares
 
-from hmq_fpga.deploy import model_estimate
-from hmq_fpga.deploy.rtl import SIZE_LIMIT, RtlProject, size_estimate
+from hmq_fpga.deploy.rtl import estimate as model_estimate
+from hmq_fpga.deploy.rtl.project import SIZE_LIMIT, RtlProject, size_estimate
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.ir.network import Conv, Dense, Flatten, Input, MaxPool, Op, QNet, Quantize

@@ -102,9 +102,9 @@ def _train(name: str, method: str, rates: list[float], seed: int, nets: Path) ->
 
 def _check(rows: dict[Any, dict[str, Any]], arguments: argparse.Namespace, done_file: Path) -> None:
     """Parity of every network, in both io types, on the test split and on the test split times 8."""
-    from hmq_fpga.deploy.hls import HlsProject
+    from hmq_fpga.deploy.hls.project import HlsProject
     from hmq_fpga.deploy.parity import check
-    from hmq_fpga.deploy.qkeras_model import QKerasSimulator
+    from hmq_fpga.deploy.qkeras.model import QKerasSimulator
     from hmq_fpga.ir.network import QNet
 
     done = {json.loads(line)["digest"] for line in done_file.read_text().splitlines()} if done_file.exists() else set()

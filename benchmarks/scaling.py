@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hmq_fpga.deploy.hls import HlsProject
+from hmq_fpga.deploy.hls.project import HlsProject
 from hmq_fpga.deploy.toolchain import ToolFailed
 from hmq_fpga.deploy.toolchain import run as run_tool
 from hmq_fpga.ir.network import QNet
@@ -130,7 +130,7 @@ def compilation(folder: Path) -> dict[str, float]:
     """Of a project, from a small process: a child's peak is no less than the resident set it was forked from."""
     program = (
         "import json, pathlib, resource, sys\n"
-        "from hmq_fpga.deploy.hls import HlsProject\n"
+        "from hmq_fpga.deploy.hls.project import HlsProject\n"
         "HlsProject.load(pathlib.Path(sys.argv[1])).compile()\n"
         "usage = resource.getrusage(resource.RUSAGE_CHILDREN)\n"
         "print(json.dumps({'seconds': usage.ru_utime + usage.ru_stime, 'mib': usage.ru_maxrss / 1024}))"
@@ -158,18 +158,18 @@ def prepared(step: str, family: str, parameters: int, folder: Path) -> Callable[
             written = HlsProject.create(net, fresh()).folder
             return lambda: compilation(written)
         case "rtl":
-            from hmq_fpga.deploy.rtl import RtlProject
+            from hmq_fpga.deploy.rtl.project import RtlProject
 
             return lambda: RtlProject.create(net, fresh())
         case _:
-            from hmq_fpga.deploy.model_estimate import estimate
+            from hmq_fpga.deploy.rtl.estimate import estimate
 
             return lambda: estimate(QNet(net.ops))  # nothing cached
 
 
 def measure(step: str, family: str, parameters: int) -> dict[str, Any]:
     """Seconds and MiB, or why there are none."""
-    from hmq_fpga.deploy.rtl import NotUnrolled
+    from hmq_fpga.deploy.rtl.project import NotUnrolled
 
     torch.set_num_threads(1)
     model, _ = generate(family, parameters)

@@ -101,8 +101,8 @@ def timed_run(folder: Path) -> dict[str, Any]:
     started, clock = now(), Clock()
     clock.watch_imports()
     with clock.part("rest"):
-        from hmq_fpga.study import run as study
         from hmq_fpga.study.monitor import Bars
+        from hmq_fpga.study.run.pipeline import pipeline as study
 
         class Stages(Bars):
             @contextmanager
@@ -125,7 +125,9 @@ def timed_run(folder: Path) -> dict[str, Any]:
 
 def watch(clock: Clock, study: Any) -> None:
     """The functions whose times are of interest."""
-    from hmq_fpga.deploy import convert, hls, qkeras_model
+    from hmq_fpga.deploy import convert
+    from hmq_fpga.deploy.hls import project as hls
+    from hmq_fpga.deploy.qkeras import model as qkeras_model
     from hmq_fpga.ir import reference
 
     for module in (convert, hls, qkeras_model):
@@ -144,7 +146,7 @@ def watch(clock: Clock, study: Any) -> None:
 def watch_rtl(clock: Clock) -> None:
     """The same of the module that is imported late."""
     with clock.part("rest"):
-        from hmq_fpga.deploy import rtl
+        from hmq_fpga.deploy.rtl import project as rtl
 
     clock.watch(rtl, "_trace", "alkaid tracing")
     clock.watch(rtl.RTLModel, "write", "Verilog writing")

@@ -19,7 +19,7 @@ from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.study import interrupt
 
 if TYPE_CHECKING:
-    from hmq_fpga.deploy.vendor import Outcome
+    from hmq_fpga.deploy.vendor.run import Outcome
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -70,8 +70,8 @@ def run(what: str, as_json: bool, **given: Any) -> int:
     An interrupted run goes on where it stopped; what is done and unchanged is not repeated.
     """
     from hmq_fpga.study.monitor import Bars, summary
-    from hmq_fpga.study.run import load_config, make_config
-    from hmq_fpga.study.run import run as run_all
+    from hmq_fpga.study.run.pipeline import load_config, make_config
+    from hmq_fpga.study.run.pipeline import run as run_all
 
     settings = {key: value for key, value in given.items() if value is not None}
     is_file = what.endswith((".yaml", ".yml"))
@@ -105,7 +105,7 @@ def convert(source: Path, out: Path, as_json: bool, **given: Any) -> int:
 def csim(folder: Path, data: Path | None, as_json: bool) -> int:
     """Compile a run's project again and compare it with the golden model, value for value."""
     from hmq_fpga.study.monitor import verdict
-    from hmq_fpga.study.run import compare_again
+    from hmq_fpga.study.run.pipeline import compare_again
 
     parity = compare_again(folder, data)
     _print(parity.to_json(), as_json, lambda: verdict(parity.to_json()))
@@ -155,9 +155,9 @@ def sweep(what: str, jobs: int, address: str | None, as_json: bool, **given: Any
     The float baseline of a seed is trained once. An interrupted sweep goes on where it stopped, and a run that fails
     does not stop the others.
     """
-    from hmq_fpga.study.sweep import load_sweep, make_sweep
-    from hmq_fpga.study.sweep import sweep as sweep_all
-    from hmq_fpga.study.sweep_view import SweepView, sweep_summary
+    from hmq_fpga.study.sweep.grid import load_sweep, make_sweep
+    from hmq_fpga.study.sweep.grid import sweep as sweep_all
+    from hmq_fpga.study.sweep.view import SweepView, sweep_summary
 
     settings = {key: value for key, value in given.items() if value not in (None, ())}
     is_file = what.endswith((".yaml", ".yml"))
@@ -176,8 +176,8 @@ def sweep(what: str, jobs: int, address: str | None, as_json: bool, **given: Any
 @as_json
 def diff(a: Path, b: Path, as_json: bool) -> int:
     """Say what changed from one run to another: settings, accuracy, formats, resources, layer by layer."""
-    from hmq_fpga.study.diff import diff as compare_runs
-    from hmq_fpga.study.diff import diff_tables
+    from hmq_fpga.study.run.diff import diff as compare_runs
+    from hmq_fpga.study.run.diff import diff_tables
 
     found = compare_runs(a, b)
     _print(found, as_json, lambda: diff_tables(found))
@@ -200,8 +200,8 @@ clock = click.option("--clock", "clock_ns", type=float, help="Clock period in ns
 @as_json
 def synth(folder: Path, tool: str, as_json: bool, **given: Any) -> int:
     """Run a synthesis tool on a run, and read its reports into `resources.json`."""
-    from hmq_fpga.study import hardware
     from hmq_fpga.study.monitor import resources_table
+    from hmq_fpga.study.run import hardware
 
     if tool == "yosys":
         if any(given[key] for key in ("csim", "cosim", "vsynth", "part", "clock_ns")):
@@ -224,7 +224,7 @@ def synth(folder: Path, tool: str, as_json: bool, **given: Any) -> int:
 @clock
 def pack(folder: Path, out: Path | None, part: str | None, clock_ns: float | None) -> int:
     """Write a self-contained archive to run the vendor's tools on another machine."""
-    from hmq_fpga.study import hardware
+    from hmq_fpga.study.run import hardware
 
     archive = hardware.pack(folder, out, part=part, clock_ns=clock_ns)
     _print(None, False, lambda: f"wrote {archive}: unpack it there, run its script, and collect what it leaves")
@@ -237,7 +237,7 @@ def pack(folder: Path, out: Path | None, part: str | None, clock_ns: float | Non
 @as_json
 def collect(folder: Path, source: Path | None, as_json: bool) -> int:
     """Read reports that the vendor's tools made elsewhere; they must be of this run's network."""
-    from hmq_fpga.study import hardware
+    from hmq_fpga.study.run import hardware
 
     return _report(hardware.collect(folder, source), as_json)
 
@@ -256,16 +256,16 @@ def _report(outcome: Outcome, as_json: bool) -> int:
 @click.argument("folder", metavar="RUN|SWEEP", type=click.Path(path_type=Path))
 def report(folder: Path) -> int:
     """Rebuild the report page of a run, or table, figures and page of a sweep, from the stored JSON."""
-    from hmq_fpga.study import table
+    from hmq_fpga.study.sweep import table
 
     if table.is_sweep(folder):
-        from hmq_fpga.study.sweep_page import write_sweep_page
+        from hmq_fpga.study.pages.sweep_page import write_sweep_page
 
         table.write_table(folder)
         write_sweep_page(folder)
     else:
-        from hmq_fpga.study.page import write_page
-        from hmq_fpga.study.stages import read_record
+        from hmq_fpga.study.pages.run_page import write_page
+        from hmq_fpga.study.run.stages import read_record
 
         read_record(folder)
         write_page(folder)

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from hmq_fpga.deploy.hls import HlsProject
+from hmq_fpga.deploy.hls.project import HlsProject
 from hmq_fpga.deploy.parity import ParityError, check
-from hmq_fpga.deploy.qkeras_model import QKerasSimulator
-from hmq_fpga.deploy.rtl import NotUnrolled, RtlProject
+from hmq_fpga.deploy.qkeras.model import QKerasSimulator
+from hmq_fpga.deploy.rtl.project import NotUnrolled, RtlProject
 from hmq_fpga.ir import reference
 from hmq_fpga.search.freeze import freeze, run_codes
 from hmq_fpga.study.data import channels_last

@@ -36,7 +36,7 @@ def test_python_program(tmp_path):
 
 
 def test_config_file(tmp_path):
-    from hmq_fpga.study.run import load_config
+    from hmq_fpga.study.run.pipeline import load_config
 
     (text,) = blocks("yaml")
     (tmp_path / "config.yaml").write_text(text)

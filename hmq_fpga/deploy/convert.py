@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from hmq_fpga.deploy.hls import HlsProject
-from hmq_fpga.deploy.qkeras_model import save, to_qkeras
+from hmq_fpga.deploy.hls.project import HlsProject
+from hmq_fpga.deploy.qkeras.model import save, to_qkeras
 from hmq_fpga.deploy.toolchain import GXX
 from hmq_fpga.ir import reference
 from hmq_fpga.ir.errors import InvalidInput

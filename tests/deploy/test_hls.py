@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from hmq_fpga.deploy import hls
-from hmq_fpga.deploy.hls import HlsProject, LayerSettings, expected_types
+from hmq_fpga.deploy.hls import project as hls
+from hmq_fpga.deploy.hls.project import HlsProject, LayerSettings, expected_types
 from hmq_fpga.deploy.parity import ParityError, check
-from hmq_fpga.deploy.qkeras_model import QKerasSimulator
+from hmq_fpga.deploy.qkeras.model import QKerasSimulator
 from hmq_fpga.deploy.toolchain import ToolMissing
 from hmq_fpga.ir import reference
 from hmq_fpga.ir.errors import InvalidInput
@@ -298,7 +298,7 @@ WIDE = """
 from pathlib import Path
 import numpy as np
 from torch import nn
-from hmq_fpga.deploy.hls import HlsProject
+from hmq_fpga.deploy.hls.project import HlsProject
 from hmq_fpga.ir import reference
 from hmq_fpga.search.freeze import outline
 from hmq_fpga.search.instrument import instrument

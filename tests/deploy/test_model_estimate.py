@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from hmq_fpga.deploy.model_estimate import estimate, signed_digits
-from hmq_fpga.deploy.rtl import RtlProject
+from hmq_fpga.deploy.rtl.estimate import estimate, signed_digits
+from hmq_fpga.deploy.rtl.project import RtlProject
 from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.ir.network import Dense, QNet
 from tests.deploy.networks import Builder

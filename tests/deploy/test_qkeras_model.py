@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from numpy.testing import assert_array_equal
 
-from hmq_fpga.deploy.qkeras_model import QKerasSimulator, float_type, layer_name, save, tensorflow, to_qkeras
+from hmq_fpga.deploy.qkeras.model import QKerasSimulator, float_type, layer_name, save, tensorflow, to_qkeras
 from hmq_fpga.ir import reference
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Fixed

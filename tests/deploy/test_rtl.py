@@ -10,8 +10,10 @@ from cocotb_tools.runner import get_runner
 from hypothesis import example, given, settings
 from numpy.testing import assert_array_equal
 
-from hmq_fpga.deploy import parity, rtl, yosys
-from hmq_fpga.deploy.rtl import RtlProject, fits, size_estimate
+from hmq_fpga.deploy import parity
+from hmq_fpga.deploy.rtl import project as rtl
+from hmq_fpga.deploy.rtl import yosys
+from hmq_fpga.deploy.rtl.project import RtlProject, fits, size_estimate
 from hmq_fpga.deploy.toolchain import ToolFailed, ToolMissing
 from hmq_fpga.ir import reference
 from hmq_fpga.ir.errors import InvalidInput

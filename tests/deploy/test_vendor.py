@@ -14,12 +14,12 @@ import pytest
 from vendor_texts import Figures, timing_text, utilization_text
 
 from hmq_fpga.deploy import toolchain
-from hmq_fpga.deploy.hls import HlsProject
-from hmq_fpga.deploy.pack import RETURNED, collect, pack
+from hmq_fpga.deploy.hls.project import HlsProject
 from hmq_fpga.deploy.parity import check
 from hmq_fpga.deploy.report import Resources
 from hmq_fpga.deploy.toolchain import ToolMissing
-from hmq_fpga.deploy.vendor import SimulationLog, Target, examine, read_inputs, synthesize, write_options
+from hmq_fpga.deploy.vendor.pack import RETURNED, collect, pack
+from hmq_fpga.deploy.vendor.run import SimulationLog, Target, examine, read_inputs, synthesize, write_options
 from hmq_fpga.ir import reference
 from hmq_fpga.ir.errors import InvalidInput
 

@@ -13,7 +13,7 @@ from vendor_texts import Figures, cosim_text, csynth_text, csynth_xml, timing_te
 
 from hmq_fpga.deploy.report import Resources
 from hmq_fpga.deploy.toolchain import ToolFailed
-from hmq_fpga.deploy.vendor_reports import read_cosim, read_csynth, read_vivado
+from hmq_fpga.deploy.vendor.reports import read_cosim, read_csynth, read_vivado
 from hmq_fpga.ir.errors import InvalidInput
 
 TOP = "myproject"

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.ir.scheme import Scheme, Tensor
-from hmq_fpga.study.stages import FORMAT
+from hmq_fpga.study.run.stages import FORMAT
 
 HOSTILE = '</svg></style><script>alert("1")</script>$\\frac{日本 & "x" {{ 7 * 7 }}'
 VOID = {"meta", "link", "img", "br", "hr", "input"}

@@ -4,8 +4,8 @@ import re
 import pytest
 
 from hmq_fpga.ir.errors import InvalidInput
-from hmq_fpga.study import plots
-from hmq_fpga.study.page import write_page
+from hmq_fpga.study.pages import run_plots as plots
+from hmq_fpga.study.pages.run_page import write_page
 from tests.study.pages import HOSTILE, Page, make_run, tensor
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hmq_fpga.deploy.hls import HlsProject
+from hmq_fpga.deploy.hls.project import HlsProject
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.network import QNet
 from hmq_fpga.ir.scheme import Scheme
 from hmq_fpga.search.train import ignore
-from hmq_fpga.study.run import make_config, run
+from hmq_fpga.study.run.pipeline import make_config, run
 
 STAGES = ("float", "search", "finetune", "freeze", "convert", "rtl", "parity")
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from hmq_fpga.ir.errors import InvalidInput
-from hmq_fpga.study.stages import RunFolder, Stage, digest_of, read_record, write_json
+from hmq_fpga.study.run.stages import RunFolder, Stage, digest_of, read_record, write_json
 
 
 class Work:

@@ -14,9 +14,9 @@ import pytest
 
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.network import QNet
-from hmq_fpga.study import table
-from hmq_fpga.study.diff import diff
-from hmq_fpga.study.sweep import Job, SweepConfig, make_sweep, perform, sweep
+from hmq_fpga.study.run.diff import diff
+from hmq_fpga.study.sweep import table
+from hmq_fpga.study.sweep.grid import Job, SweepConfig, make_sweep, perform, sweep
 from hmq_fpga.study.workers import Processes
 from tests.study.workers import die_or_not
 
@@ -247,7 +247,7 @@ def test_one_value_is_a_list_of_it():
 
 
 def test_a_process_that_dies_fails_its_own_run_only(monkeypatch):
-    monkeypatch.setattr("hmq_fpga.study.sweep._do", die_or_not)
+    monkeypatch.setattr("hmq_fpga.study.sweep.grid._do", die_or_not)
     jobs = [Job(name=name, config=name) for name in ("good", "bad", "fine", "last")]
     with Processes(2).opened() as workers:
         ended = dict(perform(jobs, workers, None))

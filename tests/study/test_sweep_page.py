@@ -6,9 +6,9 @@ import pytest
 from playwright.sync_api import sync_playwright
 
 from hmq_fpga.ir.errors import InvalidInput
-from hmq_fpga.study import pareto, table
-from hmq_fpga.study.sweep_page import write_sweep_page
-from hmq_fpga.study.sweep_view import SweepView
+from hmq_fpga.study.pages.sweep_page import write_sweep_page
+from hmq_fpga.study.sweep import pareto, table
+from hmq_fpga.study.sweep.view import SweepView
 from tests.study.pages import HOSTILE, make_run
 
 PHONE = {"width": 360, "height": 740}

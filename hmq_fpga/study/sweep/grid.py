@@ -16,11 +16,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from hmq_fpga.deploy.toolchain import GXX
 from hmq_fpga.ir.errors import InvalidInput
-from hmq_fpga.study import interrupt, table
+from hmq_fpga.study import interrupt
 from hmq_fpga.study.monitor import Bars
-from hmq_fpga.study.run import RunConfig, check_run, make_config, read_settings, require_device, run, train_baseline
-from hmq_fpga.study.stages import check_ours
-from hmq_fpga.study.sweep_page import write_sweep_page
+from hmq_fpga.study.pages.sweep_page import write_sweep_page
+from hmq_fpga.study.run.pipeline import (
+    RunConfig,
+    check_run,
+    make_config,
+    read_settings,
+    require_device,
+    run,
+    train_baseline,
+)
+from hmq_fpga.study.run.stages import check_ours
+from hmq_fpga.study.sweep import table
 from hmq_fpga.study.workers import Given, Processes, Workers, cluster, cores, exclusive
 
 POLL_S = 0.5  # between two looks at the runs

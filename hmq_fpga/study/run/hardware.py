@@ -7,14 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hmq_fpga.deploy.hls import HlsProject
-from hmq_fpga.deploy.pack import collect as collect_results
-from hmq_fpga.deploy.pack import pack as pack_project
+from hmq_fpga.deploy.hls.project import HlsProject
 from hmq_fpga.deploy.report import Resources, merge
-from hmq_fpga.deploy.vendor import Outcome, Vendor, synthesize
+from hmq_fpga.deploy.vendor.pack import collect as collect_results
+from hmq_fpga.deploy.vendor.pack import pack as pack_project
+from hmq_fpga.deploy.vendor.run import Outcome, Vendor, synthesize
 from hmq_fpga.ir.network import QNet
-from hmq_fpga.study.page import write_page
-from hmq_fpga.study.stages import read_record, write_json
+from hmq_fpga.study.pages.run_page import write_page
+from hmq_fpga.study.run.stages import read_record, write_json
 
 ESTIMATES = "estimates.json"  # of the run itself
 SYNTHESIS = "synth"  # folder of what tools made later, one sub-folder per tool
@@ -53,7 +53,7 @@ def synthesize_by_vendor(
 
 def synthesize_by_yosys(folder: Path, *, time_limit_s: float | None) -> list[Resources]:
     """Synthesize a run's Verilog, made first if there is none, and keep the figures."""
-    from hmq_fpga.deploy.rtl import RtlProject
+    from hmq_fpga.deploy.rtl.project import RtlProject
 
     read_record(folder)
     net = QNet.load(folder / "qnet")

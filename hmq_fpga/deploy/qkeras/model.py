@@ -283,7 +283,7 @@ def _activation(op: Op, text: str) -> Any:
     layer = qkeras.QActivation(text, name=layer_name(op))
     if _is_computable(layer.quantizer.integer):
         return layer
-    from hmq_fpga.deploy import qkeras_small
+    from hmq_fpga.deploy.qkeras import small as qkeras_small
 
     return qkeras_small.QActivation(text, name=layer_name(op))
 
@@ -300,7 +300,7 @@ def _constant_quantizer(format: Fixed) -> Any:
     """The quantizer of constants: of one signed bit, `{-step, 0}`, which QKeras takes for ±1, it has two."""
     import qkeras
 
-    from hmq_fpga.deploy import qkeras_small
+    from hmq_fpga.deploy.qkeras import small as qkeras_small
 
     width = max(format.width, 1 + format.signed)
     integer = width - format.signed - format.frac

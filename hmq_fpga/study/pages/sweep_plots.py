@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from hmq_fpga.ir.scheme import Scheme
-from hmq_fpga.study.pareto import Axis, Group, mean_front
-from hmq_fpga.study.plots import INK, STYLE, WIDTH, History, short
+from hmq_fpga.study.pages.run_plots import INK, STYLE, WIDTH, History, short
+from hmq_fpga.study.sweep.pareto import Axis, Group, mean_front
 
 PALETTE = ("#3b76c4", "#d9822b", "#5b9a68", "#a05195", "#7f7f7f")
 DPI = 200

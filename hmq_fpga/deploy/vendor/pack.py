@@ -8,9 +8,9 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from hmq_fpga.deploy.hls import RECORD, HlsProject
+from hmq_fpga.deploy.hls.project import RECORD, HlsProject
 from hmq_fpga.deploy.toolchain import VITIS_HLS, VITIS_RUN, VIVADO, VIVADO_HLS
-from hmq_fpga.deploy.vendor import (
+from hmq_fpga.deploy.vendor.run import (
     LOG,
     OUTPUTS,
     Outcome,

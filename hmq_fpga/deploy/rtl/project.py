@@ -37,10 +37,10 @@ from alkaid.trace.passes.canon import canonicalize_outputs, const_propagation
 from alkaid.types import CombLogic
 from numpy.lib.stride_tricks import sliding_window_view
 
-from hmq_fpga.deploy.model_estimate import signed_digits
 from hmq_fpga.deploy.report import Resources
-from hmq_fpga.deploy.verilator import Port, VerilatorSimulator, compile_verilog
-from hmq_fpga.deploy.yosys import synthesis_script, synthesize
+from hmq_fpga.deploy.rtl.estimate import signed_digits
+from hmq_fpga.deploy.rtl.verilator import Port, VerilatorSimulator, compile_verilog
+from hmq_fpga.deploy.rtl.yosys import synthesis_script, synthesize
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Codes, Fixed
 from hmq_fpga.ir.network import (

@@ -12,8 +12,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.scheme import Scheme
-from hmq_fpga.study.plots import finetune_figure, formats_figure, search_figure
-from hmq_fpga.study.stages import read_record
+from hmq_fpga.study.pages.run_plots import finetune_figure, formats_figure, search_figure
+from hmq_fpga.study.run.stages import read_record
 
 PAGE = "report.html"
 
@@ -65,7 +65,7 @@ def _page(folder: Path) -> str:
 def environment() -> Environment:
     """Templates of pages, which escape what they are given."""
     made = Environment(
-        loader=PackageLoader("hmq_fpga.study", "."),
+        loader=PackageLoader("hmq_fpga.study", "pages"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

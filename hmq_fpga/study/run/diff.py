@@ -16,8 +16,8 @@ from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.network import QNet
 from hmq_fpga.ir.scheme import Scheme, Tensor
 from hmq_fpga.study.monitor import table
-from hmq_fpga.study.stages import read_record
-from hmq_fpga.study.table import RESOURCES
+from hmq_fpga.study.run.stages import read_record
+from hmq_fpga.study.sweep.table import RESOURCES
 
 FIGURES = (
     "float_accuracy",

@@ -20,11 +20,11 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from hmq_fpga.deploy.hls import HlsProject
+from hmq_fpga.deploy.hls.project import HlsProject
 from hmq_fpga.deploy.parity import Parity, ParityError, check
 from hmq_fpga.deploy.report import Resources, canonical_part
 from hmq_fpga.deploy.toolchain import VITIS_HLS, VITIS_RUN, VIVADO, VIVADO_HLS, Tool, ToolFailed, ToolMissing, run
-from hmq_fpga.deploy.vendor_reports import read_cosim, read_csynth, read_vivado
+from hmq_fpga.deploy.vendor.reports import read_cosim, read_csynth, read_vivado
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Codes
 from hmq_fpga.ir.network import QNet

@@ -19,9 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from hmq_fpga.deploy.convert import convert
-from hmq_fpga.deploy.hls import DEFAULT_PART, HlsProject, LayerSettings, check_settings
+from hmq_fpga.deploy.hls.project import DEFAULT_PART, HlsProject, LayerSettings, check_settings
 from hmq_fpga.deploy.parity import Parity, Simulator, check
-from hmq_fpga.deploy.qkeras_model import QKerasSimulator
+from hmq_fpga.deploy.qkeras.model import QKerasSimulator
 from hmq_fpga.deploy.report import Resources
 from hmq_fpga.deploy.toolchain import GXX
 from hmq_fpga.ir import cost, reference
@@ -36,10 +36,10 @@ from hmq_fpga.search.methods import check_budget, find_scheme, make_options
 from hmq_fpga.search.target import Target
 from hmq_fpga.search.train import Listener, finetune, fit, predict
 from hmq_fpga.search.zeros import ZeroPull, widen_thresholds
-from hmq_fpga.study import page
 from hmq_fpga.study.data import Dataset, channels_last
-from hmq_fpga.study.hardware import ESTIMATES, assemble
-from hmq_fpga.study.stages import RunFolder, Stage, check_ours, read_record, write_json
+from hmq_fpga.study.pages import run_page as page
+from hmq_fpga.study.run.hardware import ESTIMATES, assemble
+from hmq_fpga.study.run.stages import RunFolder, Stage, check_ours, read_record, write_json
 from hmq_fpga.study.tasks import Task, resolve, training_task
 from hmq_fpga.study.workers import cores
 
@@ -466,7 +466,8 @@ class _Run:
         config, net = self.config, QNet.load(self.folder / "qnet")
         resources: list[Resources] = []
         if config.estimate != "none":
-            from hmq_fpga.deploy import model_estimate, rtl
+            from hmq_fpga.deploy.rtl import estimate as model_estimate
+            from hmq_fpga.deploy.rtl import project as rtl
 
             resources.append(model_estimate.estimate(net))
             try:
@@ -495,7 +496,7 @@ def compare(folder: Path, dataset: Dataset, *, verilog: bool = False) -> Parity:
     net = QNet.load(folder / "qnet")
     simulators: list[Simulator] = [QKerasSimulator(net), HlsProject.load(folder / "hls")]
     if (folder / "rtl").is_dir():
-        from hmq_fpga.deploy.rtl import RtlProject
+        from hmq_fpga.deploy.rtl.project import RtlProject
 
         project = RtlProject.load(net, folder / "rtl")
         simulators.append(project.interpreter())

@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmq_fpga.deploy.parity import ParityError, to_codes
-from hmq_fpga.deploy.qkeras_model import layer_name, quiet, to_qkeras
+from hmq_fpga.deploy.qkeras.model import layer_name, quiet, to_qkeras
 from hmq_fpga.deploy.toolchain import GXX
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Codes, Fixed

@@ -14,8 +14,8 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from hmq_fpga.study import pareto
 from hmq_fpga.study.monitor import table
+from hmq_fpga.study.sweep import pareto
 
 
 class SweepView:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hmq_fpga.ir.errors import InvalidInput
-from hmq_fpga.study.stages import read_record, write_json
+from hmq_fpga.study.run.stages import read_record, write_json
 
 SWEEP = "sweep.json"
 FORMAT = "hmq-fpga sweep, version 1"

@@ -16,10 +16,11 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from hmq_fpga.ir.scheme import Scheme
-from hmq_fpga.study import pareto, sweep_plots, table
-from hmq_fpga.study.page import PAGE, environment, given, put, stored
-from hmq_fpga.study.pareto import Group, Row
-from hmq_fpga.study.plots import inline_svg
+from hmq_fpga.study.pages import sweep_plots
+from hmq_fpga.study.pages.run_page import PAGE, environment, given, put, stored
+from hmq_fpga.study.pages.run_plots import inline_svg
+from hmq_fpga.study.sweep import pareto, table
+from hmq_fpga.study.sweep.pareto import Group, Row
 
 FIGURES = "figures"
 _CURVES = {"step", "rate_target", "rate_expected", "rate_actual", "temperature"}

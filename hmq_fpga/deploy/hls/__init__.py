@@ -1,0 +1,1 @@
+"""hls4ml: types, layers, the project and its C simulation."""

@@ -1,0 +1,1 @@
+"""QKeras: an exporter and a simulator; the only importer of TensorFlow."""

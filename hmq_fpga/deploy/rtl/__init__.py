@@ -1,0 +1,1 @@
+"""Unrolled Verilog: tracing, simulation, synthesis by open tools, estimates."""

@@ -1,0 +1,1 @@
+"""Vivado HLS, Vitis HLS and Vivado: runs, reports, archives for other machines."""

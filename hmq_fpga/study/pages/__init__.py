@@ -1,0 +1,1 @@
+"""Report pages, from the stored JSON alone."""
