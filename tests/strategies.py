@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Codes, Fixed, Reals
-from hmq_fpga.ir.network import (
+from hmq_fpga.ir.network import QNet
+from hmq_fpga.ir.ops import (
     Add,
     AvgPool,
     Concat,
@@ -18,9 +19,7 @@ from hmq_fpga.ir.network import (
     LeakyRelu,
     MaxPool,
     Op,
-    Outputs,
     Pad,
-    QNet,
     Quantize,
     Scale,
     Upsample,
@@ -56,6 +55,7 @@ class _Drawing:
         self.draw, self.bits, self.thresholds_log2, self.streams = draw, bits, thresholds_log2, streams
         self.rng = np.random.default_rng(draw(SEEDS))
         self.ops: list[Op] = []
+        self.outputs: tuple[str, ...] = ()
 
     def net(self, image: bool) -> QNet:
         sizes = self.draw(st.lists(st.integers(2, 6), min_size=1, max_size=2)) if image else []
@@ -79,7 +79,7 @@ class _Drawing:
                 self.quantize()
         if self.draw(st.integers(0, 3)) == 0:
             self.heads(self.draw(st.lists(st.sampled_from([*trunks, self.ops[-1].source]), min_size=1, max_size=2)))
-        return QNet(tuple(self.ops))
+        return QNet(tuple(self.ops), self.outputs)
 
     def heads(self, trunks: list[str]) -> None:
         """More outputs, of these tensors."""
@@ -89,9 +89,9 @@ class _Drawing:
             shape = (*(1 for _ in sizes), channels, self.draw(st.integers(1, 4)))
             self.linear(Conv if sizes else Dense, shape, source=trunk, **windows)
             outputs.append(self.last)
-        self.add(Outputs, sources=tuple(outputs))
+        self.outputs = tuple(outputs)
         try:
-            QNet(tuple(self.ops))
+            QNet(tuple(self.ops), self.outputs)
         except InvalidInput as error:
             assert "on one grid exceed" in str(error)
             reject()

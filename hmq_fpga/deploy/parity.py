@@ -34,7 +34,7 @@ class Simulator(Protocol):
         ...
 
     def predict(self, x: npt.NDArray[np.float32]) -> Codes:
-        """Output codes `(batch, *output shape)` for real inputs `(batch, *input shape)`, channels last."""
+        """Output codes `(batch, *output_shape)` for real inputs `(batch, *input_shape)`, channels last."""
         ...
 
 
@@ -156,7 +156,7 @@ def check(net: QNet, simulators: Sequence[Simulator], x: npt.ArrayLike, labels: 
     Args:
         net: the network.
         simulators: what to compare.
-        x: real inputs `(batch, *input shape)`, channels last; taken as float32, which is what reaches hardware.
+        x: real inputs `(batch, *input_shape)`, channels last; taken as float32, which is what reaches hardware.
         labels: `(batch,)` classes, for the accuracy; the largest output along the last axis is the prediction.
 
     Raises:
@@ -206,19 +206,30 @@ def _compare(
 
 def _first_difference(
     net: QNet, simulator: Simulator, x: npt.NDArray[np.float32], expected: Codes, actual: Codes
-) -> Difference:
+) -> Difference | None:
     samples = np.unique(np.nonzero(actual != expected)[0])[:TRACED]
     references = reference.trace(net, x[samples])
     tensors = dict(simulator.trace(x[samples])) if isinstance(simulator, Tracer) else {}
-    tensors[net.output.name] = actual[samples]
     for op in net.ops:
-        if op.name in tensors and (at := np.argwhere(tensors[op.name] != references[op.name])).size:
-            sample, *index = (int(i) for i in at[0])
-            return Difference(
-                tensor=op.name,
-                sample=int(samples[sample]),
-                index=tuple(index),
-                expected=int(references[op.name][tuple(at[0])]),
-                actual=int(tensors[op.name][tuple(at[0])]),
-            )
-    raise AssertionError("the outputs differ")
+        if op.name in tensors and (found := _difference(op.name, samples, references[op.name], tensors[op.name])):
+            return found
+    for name, of_output in net.split(actual[samples]).items():
+        right = net.split(expected[samples])[name]
+        if found := _difference(name, samples, right, of_output):
+            return found
+    return None
+
+
+def _difference(tensor: str, samples: Codes, expected: Codes, actual: Codes) -> Difference | None:
+    """The first place where the codes `(samples, *shape)` of a tensor differ, if any."""
+    at = np.argwhere(actual != expected)
+    if not at.size:
+        return None
+    sample, *index = (int(i) for i in at[0])
+    return Difference(
+        tensor=tensor,
+        sample=int(samples[sample]),
+        index=tuple(index),
+        expected=int(expected[tuple(at[0])]),
+        actual=int(actual[tuple(at[0])]),
+    )

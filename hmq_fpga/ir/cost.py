@@ -13,10 +13,12 @@ from typing import Literal
 import numpy as np
 
 from hmq_fpga.ir.fixed import Codes, Fixed
-from hmq_fpga.ir.network import Linear, QNet
+from hmq_fpga.ir.network import QNet
+from hmq_fpga.ir.ops import Linear
 from hmq_fpga.ir.scheme import Scheme
 
 FLOAT_BITS = 32
+Holds = Literal["format", "source", "nothing"]
 
 
 def weight_bits(scheme: Scheme) -> int:
@@ -44,7 +46,7 @@ class Step:
     name: str
     sources: Sequence[str]
     size: int
-    holds: Literal["format", "source", "nothing"]
+    holds: Holds
 
 
 def moments(steps: Sequence[Step]) -> list[dict[str, int]]:
@@ -118,22 +120,17 @@ def layer_costs(net: QNet) -> tuple[LayerCost, ...]:
 
 
 def _layer_cost(net: QNet, op: Linear) -> LayerCost:
-    uses = _uses_per_weight(net, op)
-    input_width = net.formats[op.source].width
+    tensor, input_width = net.tensors[op.name], net.formats[op.source].width
+    macs = op.macs(tensor)
     return LayerCost(
         name=op.name,
-        macs=op.weight.size * uses,
+        macs=macs,
         weight_bits=op.weight.size * op.weight_format.width,
         bias_bits=op.bias.size * net.bias_format(op).width,
         zero_weights=float(np.mean(op.weight == 0)),
-        bops=op.weight.size * uses * op.weight_format.width * input_width,
-        ebops=_significant_bits(op.weight) * uses * input_width,
+        bops=macs * op.weight_format.width * input_width,
+        ebops=_significant_bits(op.weight) * tensor.positions * input_width,
     )
-
-
-def _uses_per_weight(net: QNet, op: Linear) -> int:
-    """How often each weight multiplies, for one sample: once per output position."""
-    return int(np.prod(net.shapes[op.name][:-1], dtype=int))
 
 
 def _significant_bits(codes: Codes) -> int:

@@ -1,8 +1,8 @@
 """QNet: the exact integer description of a quantized network, the waist of the package.
 
 Everything is channels-last and integer: a weight is a code plus a `Fixed`, a bias is a code on its
-layer's accumulator grid. Ops form a graph in topological order; each makes one tensor, known by the
-op's name. Shapes leave out the batch.
+layer's accumulator grid. Operations (see `ops`) form a graph in topological order; each makes one tensor, known by
+its name. Shapes leave out the batch.
 """
 
 from __future__ import annotations
@@ -11,269 +11,81 @@ import hashlib
 import json
 import math
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, assert_never, get_args
+from typing import Any, get_type_hints
 
 import numpy as np
 
 from hmq_fpga.ir.errors import InvalidInput
-from hmq_fpga.ir.fixed import MAX_WIDTH, Codes, Fixed, Reals
+from hmq_fpga.ir.files import replacing
+from hmq_fpga.ir.fixed import Codes, Fixed, Reals
+from hmq_fpga.ir.ops import OPS, Input, Linear, Op, Ranges, Shape, TensorType, aligned, common_format
 
-FORMAT_VERSION = 2
-Shape = tuple[int, ...]
-Padding = tuple[tuple[int, int], ...]  # zeros before and after, for each spatial dimension
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Input:
-    """The network's input, quantized to `format`.
-
-    Its shape is `(features,)`, `(length, channels)` or `(height, width, channels)`.
-    """
-
-    name: str
-    shape: Shape
-    format: Fixed
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Quantize:
-    """Round and saturate to `format`; an unsigned format clips at zero and so contains the ReLU."""
-
-    name: str
-    source: str
-    format: Fixed
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Dense:
-    """`(…, n) @ weight + bias`, with weight codes `(n, m)` and bias codes `(m,)`."""
-
-    name: str
-    source: str
-    weight: Codes
-    weight_format: Fixed
-    bias: Codes
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Conv:
-    """Cross-correlation over one or two spatial dimensions.
-
-    Reads `(*spatial, c)` with weight codes `(*kernel, c, m)` and bias codes `(m,)`.
-    """
-
-    name: str
-    source: str
-    weight: Codes
-    weight_format: Fixed
-    bias: Codes
-    stride: Shape
-    padding: Padding
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class DepthwiseConv:
-    """Cross-correlation of each channel with a kernel of its own.
-
-    Reads `(*spatial, c)` with weight codes `(*kernel, c)` and bias codes `(c,)`.
-    """
-
-    name: str
-    source: str
-    weight: Codes
-    weight_format: Fixed
-    bias: Codes
-    stride: Shape
-    padding: Padding
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Scale:
-    """`x * weight + bias` per channel, with weight codes `(c,)` and bias codes `(c,)`: a BatchNorm not folded."""
-
-    name: str
-    source: str
-    weight: Codes
-    weight_format: Fixed
-    bias: Codes
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class LeakyRelu:
-    """`x` where it is not negative, else `x * 2**-shift`: exact, with `shift` more fractional bits."""
-
-    name: str
-    source: str
-    shift: int
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class MaxPool:
-    """Maximum over windows; windows that do not fit are dropped."""
-
-    name: str
-    source: str
-    window: Shape
-    stride: Shape
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class AvgPool:
-    """Mean over windows of a power of two of values: their exact sum, with as many more fractional bits."""
-
-    name: str
-    source: str
-    window: Shape
-    stride: Shape
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Pad:
-    """Zeros around every channel."""
-
-    name: str
-    source: str
-    padding: Padding
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Upsample:
-    """Every value repeated `factor` times along each spatial dimension: nearest-neighbour interpolation."""
-
-    name: str
-    source: str
-    factor: Shape
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Flatten:
-    """`(*spatial, c)` to one dimension, in that order."""
-
-    name: str
-    source: str
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Add:
-    """Exact sum of two tensors of one shape, on the finer of their grids."""
-
-    name: str
-    sources: tuple[str, str]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Concat:
-    """Two tensors side by side along the channels, on the finer of their grids."""
-
-    name: str
-    sources: tuple[str, str]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Outputs:
-    """All outputs of a network that has several, each flattened, one after the other, on the finest of their grids.
-
-    The last op, and a description only: in hardware each of them has a port of its own.
-    """
-
-    name: str
-    sources: tuple[str, ...]
-
-
-Linear = Dense | Conv | DepthwiseConv | Scale
-Window = Conv | DepthwiseConv | MaxPool | AvgPool
-Merge = Add | Concat
-Op = (
-    Input
-    | Quantize
-    | Dense
-    | Conv
-    | DepthwiseConv
-    | Scale
-    | LeakyRelu
-    | MaxPool
-    | AvgPool
-    | Pad
-    | Upsample
-    | Flatten
-    | Add
-    | Concat
-    | Outputs
-)
-_OPS: Mapping[str, type[Op]] = {op.__name__: op for op in get_args(Op)}
-_BIAS = Fixed(signed=True, width=MAX_WIDTH, frac=0)  # with it, no sum of a linear op exceeds int64
-_MAX_SHIFT = 16  # of a leaky ReLU
+FORMAT_VERSION = 3
 _FILES = ("network.json", "weights.npz")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
-
-
-def sources_of(op: Op) -> tuple[str, ...]:
-    """Names of the tensors that `op` reads; none for the input."""
-    match op:
-        case Input():
-            return ()
-        case Add() | Concat() | Outputs():
-            return op.sources
-        case _:
-            return (op.source,)
-
-
-def kernel_of(op: Window) -> Shape:
-    """How many positions an op reads at once, in each spatial dimension."""
-    match op:
-        case MaxPool() | AvgPool():
-            return op.window
-        case DepthwiseConv():
-            return op.weight.shape[:-1]
-        case Conv():
-            return op.weight.shape[:-2]
+_Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, eq=False)
 class QNet:
-    """A quantized network. Its first op is the one `Input`, its last op makes the output.
+    """A quantized network.
+
+    Several inputs, or several outputs, are one array `(batch, values)` to whoever runs the network: each flattened,
+    channels last, one after the other; the outputs' codes are then on the finest of their grids. In hardware each of
+    them has a port of its own.
+
+    Attributes:
+        ops: the operations, the inputs first.
+        outputs: names of the tensors that leave the network; the last one where none is given.
 
     Raises:
         InvalidInput: from the constructor, naming the op and what is wrong with it.
     """
 
     ops: tuple[Op, ...]
+    outputs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.ops or not isinstance(self.ops[0], Input):
             raise InvalidInput("a network starts with its Input")
+        if not self.outputs:
+            object.__setattr__(self, "outputs", (self.ops[-1].name,))
+        self._check_graph()
+        self._check_outputs()
+        for op in self.ops:
+            with _naming(op):
+                op.check()
+        _ = self.tensors
+        if len(self.outputs) > 1:
+            _ = self.output_format
+
+    def _check_graph(self) -> None:
         seen: set[str] = set()
-        for i, op in enumerate(self.ops):
+        for op in self.ops:
             if not _NAME.fullmatch(op.name):
                 raise InvalidInput(f"op {op.name!r}: a name is letters, digits and underscores, a letter first")
             if op.name in seen:
                 raise InvalidInput(f"op {op.name!r}: the name is taken by an earlier op")
-            if i and (not sources_of(op) or set(sources_of(op)) - seen):
-                raise InvalidInput(f"op {op.name!r}: must read earlier ops' tensors, not {sources_of(op)}")
+            if set(op.reads) - seen or (isinstance(op, Input) and len(seen) >= len(self.inputs)):
+                raise InvalidInput(f"op {op.name!r}: must read earlier ops' tensors, not {op.reads}")
             seen.add(op.name)
-        read = {source for op in self.ops for source in sources_of(op)}
-        if unread := [op.name for op in self.ops[:-1] if op.name not in read]:
-            raise InvalidInput(f"op {unread[0]!r}: nothing reads its tensor")
-        self._check_outputs()
-        for op in self.ops:
-            with _naming(op):
-                _check(op)
-        _ = self.formats, self.shapes
 
     def _check_outputs(self) -> None:
-        for op in self.ops[:-1]:
-            if isinstance(op, Outputs):
-                raise InvalidInput(f"op {op.name!r}: lists outputs, so it must be the last")
-            for source in sources_of(op):
-                if isinstance(self.output, Outputs) and source in self.output.sources:
+        names = [op.name for op in self.ops]
+        if len(set(self.outputs)) != len(self.outputs) or set(self.outputs) - set(names):
+            raise InvalidInput(f"outputs {self.outputs}: must name different tensors of the network")
+        for op in self.ops:
+            for source in op.reads:
+                if source in self.outputs:
                     raise InvalidInput(f"op {op.name!r}: reads {source!r}, which is an output of the network")
+        read = {source for op in self.ops for source in op.reads}
+        if unread := [name for name in names if name not in read.union(self.outputs)]:
+            raise InvalidInput(f"op {unread[0]!r}: nothing reads its tensor")
 
     def __getitem__(self, name: str) -> Op:
         for op in self.ops:
@@ -281,26 +93,21 @@ class QNet:
                 return op
         raise KeyError(name)
 
+    @cached_property
+    def inputs(self) -> tuple[Input, ...]:
+        """The ops whose tensors come from outside."""
+        return tuple(op for op in self.ops if isinstance(op, Input))
+
     @property
     def input(self) -> Input:
-        """The first op."""
-        assert isinstance(self.ops[0], Input)
-        return self.ops[0]
+        """The only input.
 
-    @property
-    def output(self) -> Op:
-        """The last op: its tensor is the network's output."""
-        return self.ops[-1]
-
-    @property
-    def outputs(self) -> tuple[Op, ...]:
-        """The ops whose tensors hardware puts out: the last one, or those that it lists."""
-        return tuple(self[name] for name in self.output.sources) if isinstance(self.output, Outputs) else (self.output,)
-
-    @property
-    def output_format(self) -> Fixed:
-        """Format of the output codes; for logits, that of the exact accumulator."""
-        return self.formats[self.output.name]
+        Raises:
+            InvalidInput: where there are several.
+        """
+        if len(self.inputs) > 1:
+            raise InvalidInput(f"the network has {len(self.inputs)} inputs, and only one is supported here")
+        return self.inputs[0]
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -308,60 +115,91 @@ class QNet:
         return tuple(op for op in self.ops if isinstance(op, Linear))
 
     @cached_property
-    def formats(self) -> Mapping[str, Fixed]:
-        """Format of every tensor. A linear op's is its accumulator's: wide enough to be exact."""
-        formats: dict[str, Fixed] = {}
+    def tensors(self) -> Mapping[str, TensorType]:
+        """Shape and format of every tensor, by op name. A linear op's format is wide enough to be exact."""
+        types: dict[str, TensorType] = {}
         for op in self.ops:
             with _naming(op):
-                formats[op.name] = _format(op, formats)
-        return formats
+                types[op.name] = op.result([types[name] for name in op.reads])
+        return types
+
+    @cached_property
+    def formats(self) -> Mapping[str, Fixed]:
+        """Format of every tensor."""
+        return {name: tensor.format for name, tensor in self.tensors.items()}
 
     @cached_property
     def shapes(self) -> Mapping[str, Shape]:
         """Shape of every tensor, without the batch."""
-        shapes: dict[str, Shape] = {}
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
+    @cached_property
+    def ranges(self) -> Mapping[str, Ranges]:
+        """What each channel of every tensor can hold, by interval arithmetic on the actual weights."""
+        ranges: dict[str, Ranges] = {}
         for op in self.ops:
-            with _naming(op):
-                shapes[op.name] = _shape(op, shapes)
-        return shapes
+            ranges[op.name] = op.ranges(self.sources(op), [ranges[name] for name in op.reads])
+        return ranges
+
+    def sources(self, op: Op) -> list[TensorType]:
+        """Shapes and formats of the tensors that `op` reads."""
+        return [self.tensors[name] for name in op.reads]
+
+    @property
+    def input_shape(self) -> Shape:
+        """Of one sample for `encode`."""
+        return _joined_shape([op.shape for op in self.inputs])
+
+    @property
+    def output_shape(self) -> Shape:
+        """Of one sample's output codes."""
+        return _joined_shape([self.shapes[name] for name in self.outputs])
+
+    @cached_property
+    def output_format(self) -> Fixed:
+        """Format of the output codes; for logits, that of the exact accumulator."""
+        formats = [self.formats[name] for name in self.outputs]
+        return formats[0] if len(formats) == 1 else common_format(formats)
 
     def bias_format(self, op: Linear) -> Fixed:
         """The narrowest format, on the accumulator's grid, that holds the bias of `op` exactly."""
         return Fixed.enclosing(int(op.bias.min()), int(op.bias.max()), self.formats[op.name].frac)
 
     def partial_sum_bits(self, op: Linear) -> int:
-        """Bits that hold the magnitude of any partial sum of `op`, whatever the order of summation.
+        """See `Dense.partial_sum_bits`, of the format that `op` reads here."""
+        return op.partial_sum_bits(self.formats[op.source])
 
-        A float computation of `op` is exact if this fits its significand: 24 bits in float32, 53 in float64.
-        """
-        source = self.formats[op.source]
-        largest = np.abs(by_output(op)).sum(axis=0) * max(source.hi, -source.lo) + np.abs(op.bias)
-        return int(largest.max()).bit_length()
-
-    def encode(self, x: np.ndarray[Any, Any]) -> Codes:
-        """Real inputs `(batch, *input shape)` to input codes."""
-        if x.shape[1:] != self.input.shape:
-            raise InvalidInput(f"input of shape {x.shape[1:]}; the network takes {self.input.shape}, channels last")
-        return self.input.format.encode(x)
+    def encode(self, x: _Array) -> Codes:
+        """Real inputs `(batch, *input_shape)` to input codes of the same shape."""
+        if x.shape[1:] != self.input_shape:
+            raise InvalidInput(f"input of shape {x.shape[1:]}; the network takes {self.input_shape}, channels last")
+        if len(self.inputs) == 1:
+            return self.inputs[0].format.encode(x)
+        parts = self.split_inputs(x)
+        return np.concatenate([op.format.encode(parts[op.name].reshape(len(x), -1)) for op in self.inputs], 1)
 
     def decode(self, codes: Codes) -> Reals:
         """Output codes to real values."""
         return self.output_format.decode(codes)
 
-    def split(self, outputs: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
-        """The single outputs by op name, each `(batch, *shape)`, of output codes or values `(batch, *output shape)`."""
-        shapes = [self.shapes[op.name] for op in self.outputs]
-        parts = np.split(outputs.reshape(len(outputs), -1), np.cumsum([math.prod(shape) for shape in shapes])[:-1], 1)
-        return {op.name: part.reshape(-1, *s) for op, part, s in zip(self.outputs, parts, shapes, strict=True)}
+    def split_inputs(self, x: _Array) -> dict[str, _Array]:
+        """The single inputs by op name, each `(batch, *shape)`, of values or codes `(batch, *input_shape)`."""
+        return _split(x, {op.name: op.shape for op in self.inputs})
+
+    def split(self, outputs: _Array) -> dict[str, _Array]:
+        """The single outputs by op name, each `(batch, *shape)`, of output codes or values `(batch, *output_shape)`."""
+        return _split(outputs, {name: self.shapes[name] for name in self.outputs})
+
+    def join(self, tensors: Mapping[str, Codes]) -> Codes:
+        """Output codes `(batch, *output_shape)` of the outputs' codes by op name, each `(batch, *shape)`."""
+        types = [self.tensors[name] for name in self.outputs]
+        codes = aligned(types, [tensors[name] for name in self.outputs])
+        return codes[0] if len(codes) == 1 else np.concatenate([part.reshape(len(part), -1) for part in codes], 1)
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of everything that decides an output; equal networks have equal digests."""
-        sha = hashlib.sha256(json.dumps(self._description(), sort_keys=True).encode())
-        for name, array in sorted(self._arrays().items()):
-            sha.update(f"{name}{array.shape}".encode())
-            sha.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
-        return sha.hexdigest()
+        return _digest(self._description(), self._arrays())
 
     def save(self, folder: Path) -> None:
         """Write `network.json` and `weights.npz` into `folder`, which may hold an earlier network but nothing else.
@@ -373,22 +211,14 @@ class QNet:
         """
         if folder.exists() and (foreign := sorted({p.name for p in folder.iterdir()} - set(_FILES))):
             raise InvalidInput(f"{folder}: holds {foreign[0]!r}, which is not a QNet's; give a new folder")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
+        with replacing(folder) as new:
             text = json.dumps({"digest": self.digest, **self._description()}, indent=1)
             (new / "network.json").write_text(text + "\n")
             np.savez(new / "weights.npz", **self._arrays())
-            new.chmod(0o755)
-            if folder.exists():
-                shutil.rmtree(folder)
-            new.rename(folder)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
 
     @classmethod
     def load(cls, folder: Path) -> QNet:
-        """Read what `save` wrote.
+        """Read what `save` wrote, or what it wrote as format version 2.
 
         Raises:
             InvalidInput: when a file is missing, damaged, of another version, or not what was saved.
@@ -399,23 +229,30 @@ class QNet:
                 arrays = {name: archive[name] for name in archive.files}
         except Exception as error:  # from a damaged archive anything may come
             raise InvalidInput(f"{folder}: not a readable QNet folder: {error}") from error
-        if not isinstance(data, dict) or data.get("format_version") != FORMAT_VERSION:
-            raise InvalidInput(f"{folder / 'network.json'}: not a QNet of format version {FORMAT_VERSION}")
+        if not isinstance(data, dict) or data.get("format_version") not in (2, FORMAT_VERSION):
+            raise InvalidInput(f"{folder / 'network.json'}: not a QNet of format version 2 or {FORMAT_VERSION}")
         try:
-            net = cls(tuple(_op_from_json(entry, arrays) for entry in data["ops"]))
+            recorded = data.pop("digest", None)
+            if _digest(data, arrays) != recorded:
+                raise InvalidInput("digest differs from the one recorded: the files were changed or mixed up")
+            outputs, ops = _outputs_and_ops(data)
+            return cls(tuple(_op_from_json(entry, arrays) for entry in ops), outputs)
         except InvalidInput as error:
             raise InvalidInput(f"{folder}: {error}") from error
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise InvalidInput(f"{folder / 'network.json'}: malformed op: {error!r}") from error
-        if net.digest != data.get("digest"):
-            raise InvalidInput(f"{folder}: digest differs from the one recorded: the files were changed or mixed up")
-        return net
 
     def _description(self) -> dict[str, Any]:
-        return {"format_version": FORMAT_VERSION, "ops": [_op_to_json(op) for op in self.ops]}
+        ops = [_op_to_json(op) for op in self.ops]
+        return {"format_version": FORMAT_VERSION, "outputs": list(self.outputs), "ops": ops}
 
     def _arrays(self) -> dict[str, Codes]:
-        return {f"{op.name}.{key}": getattr(op, key) for op in self.linears for key in ("weight", "bias")}
+        return {
+            f"{op.name}.{field.name}": value
+            for op in self.ops
+            for field in fields(op)
+            if isinstance(value := getattr(op, field.name), np.ndarray)
+        }
 
 
 @contextmanager
@@ -427,162 +264,30 @@ def _naming(op: Op) -> Iterator[None]:
         raise InvalidInput(f"op {op.name!r}: {error}") from error
 
 
-def _check(op: Op) -> None:
-    """What an op's own fields must satisfy."""
-    if isinstance(op, Linear):
-        _check_constants(op)
-    if isinstance(op, Window) and (min(op.stride) < 1 or len(op.stride) != len(kernel_of(op))):
-        raise InvalidInput(f"stride {op.stride} does not fit a window of {kernel_of(op)}")
-    if isinstance(op, Conv | DepthwiseConv | Pad):
-        dims = len(op.padding) if isinstance(op, Pad) else len(kernel_of(op))
-        if len(op.padding) != dims or dims not in (1, 2) or min(min(pair) for pair in op.padding) < 0:
-            raise InvalidInput(f"padding {op.padding} is out of range")
-    match op:
-        case Input():
-            if len(op.shape) not in (1, 2, 3) or min(op.shape) < 1:
-                raise InvalidInput(
-                    f"input shape {op.shape} is none of (features,), (length, channels), (height, width, channels)"
-                )
-        case MaxPool() | AvgPool():
-            if min(op.window) < 1 or len(op.window) not in (1, 2):
-                raise InvalidInput(f"window {op.window} is out of range")
-            if isinstance(op, AvgPool) and math.prod(op.window).bit_count() != 1:
-                raise InvalidInput(f"a mean over {op.window} values is exact only for powers of two")
-        case LeakyRelu():
-            if not 0 <= op.shift <= _MAX_SHIFT:
-                raise InvalidInput(f"slope 2**-{op.shift} is outside 2**-{_MAX_SHIFT} … 1")
-        case Upsample():
-            if min(op.factor) < 1 or len(op.factor) not in (1, 2):
-                raise InvalidInput(f"factor {op.factor} is out of range")
-        case Add() | Concat():
-            if len(set(op.sources)) != 2:
-                raise InvalidInput(f"merges two different tensors, not {op.sources}")
-        case Outputs():
-            if len(op.sources) < 2 or len(set(op.sources)) != len(op.sources):
-                raise InvalidInput(f"lists two or more different tensors, not {op.sources}")
+def _joined_shape(shapes: Sequence[Shape]) -> Shape:
+    return shapes[0] if len(shapes) == 1 else (sum(math.prod(shape) for shape in shapes),)
 
 
-_WEIGHT_DIMS: Mapping[type, tuple[int, ...]] = {Dense: (2,), Conv: (3, 4), DepthwiseConv: (2, 3), Scale: (1,)}
+def _split(values: _Array, shapes: Mapping[str, Shape]) -> dict[str, _Array]:
+    ends = np.cumsum([math.prod(shape) for shape in shapes.values()])[:-1]
+    parts = np.split(values.reshape(len(values), -1), ends, 1)
+    return {name: part.reshape(-1, *shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
-def _check_constants(op: Linear) -> None:
-    if op.weight.dtype != np.int64 or op.bias.dtype != np.int64:
-        raise InvalidInput("weight and bias codes are int64")
-    dims = _WEIGHT_DIMS[type(op)]
-    if op.weight.ndim not in dims or 0 in op.weight.shape or op.bias.shape != op.weight.shape[-1:]:
-        raise InvalidInput(f"weight {op.weight.shape} and bias {op.bias.shape} do not fit a {type(op).__name__}")
-    if not op.weight_format.contains(op.weight):
-        raise InvalidInput(f"a weight code is outside {op.weight_format}")
-    if not _BIAS.contains(op.bias):
-        raise InvalidInput(f"a bias code exceeds {_BIAS.width} bits")
+def _digest(description: Mapping[str, Any], arrays: Mapping[str, Codes]) -> str:
+    sha = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
+    for name, array in sorted(arrays.items()):
+        sha.update(f"{name}{array.shape}".encode())
+        sha.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
+    return sha.hexdigest()
 
 
-def _format(op: Op, formats: Mapping[str, Fixed]) -> Fixed:
-    match op:
-        case Input() | Quantize():
-            return op.format
-        case Dense() | Conv() | DepthwiseConv() | Scale():
-            return _accumulator(op, formats[op.source])
-        case MaxPool() | Pad() | Upsample() | Flatten():
-            return formats[op.source]
-        case AvgPool():
-            source, values = formats[op.source], math.prod(op.window)
-            return Fixed.enclosing(source.lo * values, source.hi * values, source.frac + values.bit_length() - 1)
-        case LeakyRelu():
-            source = formats[op.source]
-            return Fixed.enclosing(source.lo, source.hi << op.shift, source.frac + op.shift)
-        case Add() | Concat() | Outputs():
-            frac = max(formats[name].frac for name in op.sources)
-            sources = [formats[name] for name in op.sources]
-            if max(source.width + frac - source.frac for source in sources) >= MAX_WIDTH:
-                raise InvalidInput(f"{' and '.join(map(str, sources))} on one grid exceed {MAX_WIDTH} bits")
-            los, his = zip(*((f.lo << frac - f.frac, f.hi << frac - f.frac) for f in sources), strict=True)
-            both = (sum, sum) if isinstance(op, Add) else (min, max)
-            return Fixed.enclosing(both[0](los), both[1](his), frac)
-        case _:
-            assert_never(op)
-
-
-def _accumulator(op: Linear, source: Fixed) -> Fixed:
-    """Interval arithmetic per output on the actual weights: the narrowest format that is exact.
-
-    Zero padding is covered, since every term's interval contains zero.
-    """
-    if source.width + op.weight_format.width + int(op.weight.size).bit_length() > MAX_WIDTH:
-        raise InvalidInput(f"its sums of {source} times {op.weight_format} may exceed {MAX_WIDTH} bits")
-    weight = by_output(op)
-    positive, negative = np.maximum(weight, 0).sum(axis=0), np.minimum(weight, 0).sum(axis=0)
-    lo = positive * source.lo + negative * source.hi + op.bias
-    hi = positive * source.hi + negative * source.lo + op.bias
-    return Fixed.enclosing(int(lo.min()), int(hi.max()), source.frac + op.weight_format.frac)
-
-
-def by_output(op: Linear) -> Codes:
-    """Weight codes of a linear op as `(terms of one sum, outputs)`."""
-    return op.weight.reshape(-1, op.weight.shape[-1])
-
-
-def _shape(op: Op, shapes: Mapping[str, Shape]) -> Shape:
-    if isinstance(op, Input):
-        return op.shape
-    if isinstance(op, Add | Concat):
-        return _merged_shape(op, *(shapes[name] for name in op.sources))
-    if isinstance(op, Outputs):
-        return (sum(math.prod(shapes[name]) for name in op.sources),)
-    source = shapes[op.source]
-    match op:
-        case Quantize() | LeakyRelu():
-            return source
-        case Flatten():
-            return (math.prod(source),)
-        case Dense():
-            _require_channels(op, source, op.weight.shape[0])
-            return (*source[:-1], op.weight.shape[1])
-        case Scale():
-            _require_channels(op, source, op.weight.shape[0])
-            return source
-        case Conv() | DepthwiseConv() | MaxPool() | AvgPool():
-            spatial = _spatial(source, len(kernel_of(op)))
-            if isinstance(op, Conv | DepthwiseConv):
-                _require_channels(op, source, op.weight.shape[len(spatial)])
-                spatial = tuple(n + sum(pair) for n, pair in zip(spatial, op.padding, strict=True))
-            outputs = op.weight.shape[-1] if isinstance(op, Conv) else source[-1]
-            return (*_windows(spatial, kernel_of(op), op.stride), outputs)
-        case Pad():
-            spatial = _spatial(source, len(op.padding))
-            return (*(n + sum(pair) for n, pair in zip(spatial, op.padding, strict=True)), source[-1])
-        case Upsample():
-            spatial = _spatial(source, len(op.factor))
-            return (*(n * k for n, k in zip(spatial, op.factor, strict=True)), source[-1])
-        case _:
-            assert_never(op)
-
-
-def _merged_shape(op: Merge, first: Shape, second: Shape) -> Shape:
-    if isinstance(op, Add) and first == second:
-        return first
-    if isinstance(op, Concat) and first[:-1] == second[:-1]:
-        return (*first[:-1], first[-1] + second[-1])
-    raise InvalidInput(f"cannot merge {first} and {second}")
-
-
-def _require_channels(op: Linear, source: Shape, channels: int) -> None:
-    if source[-1] != channels:
-        raise InvalidInput(f"reads {source}, but its weight {op.weight.shape} takes {channels}")
-
-
-def _spatial(source: Shape, dims: int) -> Shape:
-    """All dimensions but the channels."""
-    if len(source) != dims + 1:
-        raise InvalidInput(f"reads {source}, but works on {dims} dimensions and channels")
-    return source[:-1]
-
-
-def _windows(size: Shape, window: Shape, stride: Shape) -> Shape:
-    """How many whole windows fit."""
-    if any(n < k for n, k in zip(size, window, strict=True)):
-        raise InvalidInput(f"its window {window} does not fit into {size}")
-    return tuple((n - k) // s + 1 for n, k, s in zip(size, window, stride, strict=True))
+def _outputs_and_ops(data: dict[str, Any]) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
+    """Of a description of either version: in version 2 a last op `Outputs` names several outputs."""
+    if data["format_version"] == FORMAT_VERSION:
+        return tuple(data["outputs"]), data["ops"]
+    *ops, last = data["ops"]
+    return (tuple(last["sources"]), ops) if last["op"] == "Outputs" else ((), [*ops, last])
 
 
 def _op_to_json(op: Op) -> dict[str, Any]:
@@ -595,17 +300,17 @@ def _op_to_json(op: Op) -> dict[str, Any]:
 
 
 def _op_from_json(entry: dict[str, Any], arrays: Mapping[str, Codes]) -> Op:
-    cls = _OPS[entry["op"]]
+    """An op by the types of its fields: an array from the archive, a format, a text, or integers."""
+    cls = OPS[entry["op"]]
     values: dict[str, Any] = {}
-    for field in fields(cls):
-        name = field.name
-        if name in ("weight", "bias"):
+    for name, hint in get_type_hints(cls).items():
+        if hint == Codes:
             values[name] = arrays[f"{entry['name']}.{name}"]
-        elif name in ("format", "weight_format"):
+        elif hint is Fixed:
             values[name] = Fixed.from_json(entry[name])
-        elif name in ("name", "source"):
+        elif hint is str:
             values[name] = entry[name]
-        elif name == "sources":
+        elif hint == tuple[str, str]:
             values[name] = tuple(entry[name])
         else:
             values[name] = _integers(entry[name])

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hmq_fpga.ir import network
+from hmq_fpga.ir import ops
 from hmq_fpga.ir.errors import InvalidInput, UnsupportedLayer
 from hmq_fpga.ir.fixed import MAX_WIDTH, Codes, Fixed
+from hmq_fpga.ir.network import QNet
 from hmq_fpga.search.calibrate import scheme_of
 from hmq_fpga.search.graph import (
     INPUT,
@@ -36,7 +37,7 @@ OUTLINE_BITS = 8
 Order = np.ndarray[Any, Any] | None  # of flattened features: which of PyTorch's each one is; None: the same
 
 
-def freeze(model: QModel) -> network.QNet:
+def freeze(model: QModel) -> QNet:
     """The exact integer network of a model whose scheme is set.
 
     Raises:
@@ -46,20 +47,22 @@ def freeze(model: QModel) -> network.QNet:
     if not model.formats:
         raise InvalidInput("model: no scheme is set, so there is nothing to freeze; search first")
     shape = _channels_last(model.input_shape)
-    ops: list[network.Op] = [network.Input(name=INPUT, shape=shape, format=model.formats[INPUT])]
+    layers: list[ops.Op] = [ops.Input(name=INPUT, shape=shape, format=model.formats[INPUT])]
     shapes = {INPUT: model.input_shape}
     orders: dict[str, Order] = {INPUT: None}
     for node, layer in zip(model.nodes, model.layers, strict=True):
+        if isinstance(layer, Join):  # the last one: a list of the outputs
+            break
         shapes[node.name] = node.shape
-        ops.append(_freeze_layer(model, node, layer, orders[node.sources[0]]))
+        layers.append(_freeze_layer(model, node, layer, orders[node.sources[0]]))
         orders[node.name] = _order(layer, [(orders[name], shapes[name]) for name in node.sources])
     outputs = model.nodes[-1].sources if isinstance(model.layers[-1], Join) else (model.nodes[-1].name,)
     if any(orders[name] is not None for name in outputs):
         raise UnsupportedLayer("model: its output is a flattened image; end with a Linear, or do not flatten")
-    return network.QNet(tuple(ops))
+    return QNet(tuple(layers), outputs)
 
 
-def outline(model: QModel) -> network.QNet:
+def outline(model: QModel) -> QNet:
     """The network that a search will find, but for its numbers; leaves a scheme that means nothing in the model.
 
     Raises:
@@ -90,33 +93,31 @@ def run_codes(model: QModel, x: Tensor, output_format: Fixed) -> Codes:
     return _round(_array(output if output.ndim == 2 else output.movedim(1, -1)), output_format.frac)
 
 
-def _freeze_layer(model: QModel, node: Node, layer: nn.Module, order: Order) -> network.Op:
+def _freeze_layer(model: QModel, node: Node, layer: nn.Module, order: Order) -> ops.Op:
     name, source = node.name, node.sources[0]
     match layer:
         case nn.Linear() | nn.Conv1d() | nn.Conv2d() | Affine():
             return _freeze_linear(model, node, layer, order)
         case Activation():
-            return network.Quantize(name=name, source=source, format=model.formats[name])
+            return ops.Quantize(name=name, source=source, format=model.formats[name])
         case nn.LeakyReLU():
-            return network.LeakyRelu(name=name, source=source, shift=-_log2(layer.negative_slope))
+            return ops.LeakyRelu(name=name, source=source, shift=-_log2(layer.negative_slope))
         case nn.MaxPool1d() | nn.MaxPool2d():
-            return network.MaxPool(name=name, source=source, window=layer.kernel_size, stride=layer.stride)
+            return ops.MaxPool(name=name, source=source, window=_sizes(layer.kernel_size), stride=_sizes(layer.stride))
         case AvgPool() if layer.values == layer.divisor:
-            return network.AvgPool(name=name, source=source, window=layer.window, stride=layer.stride)
+            return ops.AvgPool(name=name, source=source, window=layer.window, stride=layer.stride)
         case AvgPool():
             return _sum_pool(node, layer)
         case Pad():
-            return network.Pad(name=name, source=source, padding=layer.padding)
+            return ops.Pad(name=name, source=source, padding=layer.padding)
         case Upsample():
-            return network.Upsample(name=name, source=source, factor=layer.factor)
+            return ops.Upsample(name=name, source=source, factor=layer.factor)
         case nn.Flatten():
-            return network.Flatten(name=name, source=source)
+            return ops.Flatten(name=name, source=source)
         case Add():
-            return network.Add(name=name, sources=node.sources)
+            return ops.Add(name=name, sources=_pair(node.sources))
         case Concat():
-            return network.Concat(name=name, sources=node.sources)
-        case Join():
-            return network.Outputs(name=name, sources=node.sources)
+            return ops.Concat(name=name, sources=_pair(node.sources))
         case _:
             raise AssertionError(f"instrument() made a layer that freeze() does not know: {layer}")
 
@@ -129,38 +130,41 @@ def _order(layer: nn.Module, sources: list[tuple[Order, tuple[int, ...]]]) -> Or
             return None
         case nn.Flatten() if len(shape) > 1:
             index = np.moveaxis(np.arange(math.prod(shape)).reshape(shape), 0, -1).ravel()
-            return index if (np.diff(index) != 1).any() else None
+            moved: Order = index if (np.diff(index) != 1).any() else None
+            return moved
         case Concat() if any(other is not None for other, _ in sources):
-            (first, (n, *_)), (second, (m, *_)) = sources
-            return np.concatenate(
-                [np.arange(n) if first is None else first, n + (np.arange(m) if second is None else second)]
-            )
-        case Join():
-            return None
-        case Add() if not np.array_equal(*(np.arange(n) if o is None else o for o, (n, *_) in sources)):
+            first, second = (_positions(*source) for source in sources)
+            joined: Order = np.concatenate([first, len(first) + second])
+            return joined
+        case Add() if not np.array_equal(_positions(*sources[0]), _positions(*sources[1])):
             raise UnsupportedLayer("model: adds a flattened image to features of another order; flatten after adding")
         case _:
             return order
 
 
-def _freeze_linear(model: QModel, node: Node, layer: Any, order: Order) -> network.Linear:
+def _positions(order: Order, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """The order spelled out where it is PyTorch's."""
+    return np.arange(shape[0]) if order is None else order
+
+
+def _freeze_linear(model: QModel, node: Node, layer: Any, order: Order) -> ops.Linear:
     format_ = model.formats[weight_site(node.name)]
     weight = format_.encode(_array(layer.weight))
-    common = {"name": node.name, "source": node.sources[0], "weight_format": format_}
+    common: dict[str, Any] = {"name": node.name, "source": node.sources[0], "weight_format": format_}
     common["bias"] = _round(_array(layer.bias), -_log2(model.steps[node.name]))
     every = slice(None) if order is None else order
     if isinstance(layer, nn.Linear):
-        return network.Dense(**common, weight=np.ascontiguousarray(weight.T[every]))
+        return ops.Dense(**common, weight=np.ascontiguousarray(weight.T[every]))
     if isinstance(layer, Affine):
         common["bias"] = np.ascontiguousarray(common["bias"][every])
-        return network.Scale(**common, weight=np.ascontiguousarray(weight[every]))
-    windows = {"stride": layer.stride, "padding": _padding(layer)}
+        return ops.Scale(**common, weight=np.ascontiguousarray(weight[every]))
+    windows: dict[str, Any] = {"stride": layer.stride, "padding": _padding(layer)}
     if layer.groups > 1:
-        return network.DepthwiseConv(**common, **windows, weight=np.moveaxis(weight[:, 0], 0, -1).copy())
-    return network.Conv(**common, **windows, weight=np.moveaxis(weight, (1, 0), (-2, -1)).copy())
+        return ops.DepthwiseConv(**common, **windows, weight=np.moveaxis(weight[:, 0], 0, -1).copy())
+    return ops.Conv(**common, **windows, weight=np.moveaxis(weight, (1, 0), (-2, -1)).copy())
 
 
-def _sum_pool(node: Node, layer: AvgPool) -> network.DepthwiseConv | network.Conv:
+def _sum_pool(node: Node, layer: AvgPool) -> ops.DepthwiseConv | ops.Conv:
     """A mean over no power of two of values: their sum, by weights of one.
 
     Keras has no depthwise convolution of two different strides; an ordinary one with zeros between channels does it.
@@ -168,7 +172,7 @@ def _sum_pool(node: Node, layer: AvgPool) -> network.DepthwiseConv | network.Con
     channels, *positions = node.shape
     stride = layer.stride if max(positions) > 1 else tuple(max(layer.stride) for _ in positions)
     weight = np.ones((*layer.window, channels), np.int64)
-    common = {
+    common: dict[str, Any] = {
         "name": node.name,
         "source": node.sources[0],
         "weight_format": Fixed(signed=False, width=1, frac=_log2(layer.divisor)),
@@ -177,17 +181,27 @@ def _sum_pool(node: Node, layer: AvgPool) -> network.DepthwiseConv | network.Con
         "padding": tuple((0, 0) for _ in layer.window),
     }
     if len(set(stride)) == 1:
-        return network.DepthwiseConv(**common, weight=weight)
-    return network.Conv(**common, weight=weight[..., None] * np.eye(channels, dtype=np.int64))
+        return ops.DepthwiseConv(**common, weight=weight)
+    return ops.Conv(**common, weight=weight[..., None] * np.eye(channels, dtype=np.int64))
 
 
-def _padding(layer: nn.Conv1d | nn.Conv2d) -> network.Padding:
+def _padding(layer: nn.Conv1d | nn.Conv2d) -> ops.Padding:
     """Explicit padding; PyTorch's 'same' puts the odd one at the end."""
     if layer.padding == "valid":
         return tuple((0, 0) for _ in layer.kernel_size)
     if layer.padding == "same":
         return tuple(((k - 1) // 2, k - 1 - (k - 1) // 2) for k in layer.kernel_size)
     return tuple((n, n) for n in layer.padding)  # type: ignore[misc]
+
+
+def _sizes(given: Any) -> ops.Shape:
+    """Of the layers that `instrument` makes: always a tuple."""
+    return tuple(given)
+
+
+def _pair(sources: tuple[str, ...]) -> tuple[str, str]:
+    first, second = sources
+    return first, second
 
 
 def _log2(power: float) -> int:

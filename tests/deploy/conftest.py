@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from hmq_fpga.ir.network import Outputs, QNet
+from hmq_fpga.ir.network import QNet
 from tests.deploy.networks import Builder, scheme
 
 
@@ -55,7 +55,7 @@ def heads() -> QNet:
     trunk.flatten("flat", source="relu").dense("logits", 4, scheme(signed=True, bits=4, m=-2))
     trunk.dense("pair", 2, scheme(signed=True, bits=3, m=0), source="flat")
     trunk.quantize("positive", scheme(signed=False, bits=3, m=3))
-    return QNet((*trunk.ops, Outputs(name="outputs", sources=("mask", "logits", "positive"))))
+    return QNet(tuple(trunk.ops), ("mask", "logits", "positive"))
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hmq_fpga.deploy.rtl.estimate import estimate, signed_digits
 from hmq_fpga.deploy.rtl.project import RtlProject
 from hmq_fpga.ir.fixed import Fixed
-from hmq_fpga.ir.network import Dense, QNet
+from hmq_fpga.ir.network import QNet
+from hmq_fpga.ir.ops import Dense
 from tests.deploy.networks import Builder
 from tests.strategies import qnets
 
@@ -52,7 +53,7 @@ def test_more_weight_bits_and_fewer_zeros_cost_more():
     net = perceptron(4)
     layer = net["fc1"]
     keep = np.random.default_rng(0).random(layer.weight.shape) < 0.5
-    sparse = QNet(tuple(replace(op, weight=op.weight * keep) if op is layer else op for op in net.ops))
+    sparse = QNet(tuple(replace(op, weight=op.weight * keep) if op is layer else op for op in net.ops), net.outputs)
     assert estimate(sparse).lut < 0.9 * estimate(net).lut
 
 
@@ -60,7 +61,7 @@ def test_a_neuron_that_is_not_read_or_never_changes_costs_nothing():
     net = perceptron(3)
 
     def changed(**layers) -> int:
-        return estimate(QNet(tuple(replace(op, **layers.get(op.name, {})) for op in net.ops))).lut
+        return estimate(QNet(tuple(replace(op, **layers.get(op.name, {})) for op in net.ops), net.outputs)).lut
 
     rows = np.arange(24)[:, None] == 3
     unread = changed(fc1={"weight": np.where(rows, 0, net["fc1"].weight)})

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from hmq_fpga.ir import cost
 from hmq_fpga.ir.fixed import Fixed
-from hmq_fpga.ir.network import Conv, Dense, Flatten, Input, MaxPool, QNet, Quantize
+from hmq_fpga.ir.network import QNet
+from hmq_fpga.ir.ops import Conv, Dense, Flatten, Input, MaxPool, Quantize
 from hmq_fpga.ir.scheme import Kind, Scheme, Tensor
 
 

@@ -1,6 +1,6 @@
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,8 +13,10 @@ from numpy.testing import assert_array_equal
 
 from hmq_fpga.ir import reference
 from hmq_fpga.ir.errors import InvalidInput
-from hmq_fpga.ir.fixed import Fixed
-from hmq_fpga.ir.network import (
+from hmq_fpga.ir.fixed import Codes, Fixed
+from hmq_fpga.ir.network import QNet, _digest
+from hmq_fpga.ir.ops import OPS as OP_TYPES
+from hmq_fpga.ir.ops import (
     Add,
     AvgPool,
     Concat,
@@ -27,9 +29,7 @@ from hmq_fpga.ir.network import (
     Linear,
     MaxPool,
     Op,
-    Outputs,
     Pad,
-    QNet,
     Quantize,
     Scale,
     Upsample,
@@ -100,7 +100,7 @@ def test_shapes_and_formats_of_every_tensor() -> None:
     }
     assert net.formats["flat"] == net.formats["pool"] == net.formats["relu"] == BYTE
     assert net["conv"] is OPS[1]
-    assert (net.input, net.output, net.linears) == (OPS[0], OPS[-1], (OPS[1], OPS[-1]))
+    assert (net.inputs, net.outputs, net.linears) == ((OPS[0],), ("fc",), (OPS[1], OPS[-1]))
     assert net.output_format == net.formats["fc"]
     with pytest.raises(KeyError, match="conv7"):
         net["conv7"]
@@ -180,8 +180,6 @@ def after_relu(op: type[Op], **values: Any) -> tuple[Op, ...]:
         (after_relu(Add, sources=("relu", "fc")), "must read earlier"),
         (after_relu(Add, sources=("x", "relu")), "cannot merge"),
         (after_relu(Concat, sources=("x", "relu")), "cannot merge"),
-        (after_relu(Outputs, sources=("relu",)), "two or more different tensors"),
-        (after_relu(Outputs, sources=("relu", "relu")), "two or more different tensors"),
         (
             after_relu(Scale, weight=np.ones(3, np.int64), weight_format=WEIGHT, bias=np.zeros(3, np.int64)),
             "takes 3",
@@ -205,12 +203,105 @@ def test_what_is_wrong_with_further_ops_is_named(ops: tuple[Op, ...], message: s
 
 
 def test_outputs_are_what_nothing_else_reads() -> None:
-    both = Outputs(name="both", sources=("relu", "new"))
-    (*ops, reader) = after_relu(Quantize, format=relu().format)
+    ops = after_relu(Quantize, format=relu().format)
     with pytest.raises(InvalidInput, match="op 'new': reads 'relu', which is an output"):
-        QNet((*ops, reader, both))
-    with pytest.raises(InvalidInput, match="op 'both': lists outputs, so it must be the last"):
-        QNet((*ops, replace(both, sources=("x", "relu")), Flatten(name="flat", source="both")))
+        QNet(ops, ("relu", "new"))
+    for outputs in (("new", "new"), ("new", "nobody")):
+        with pytest.raises(InvalidInput, match="must name different tensors of the network"):
+            QNet(ops, outputs)
+    with pytest.raises(InvalidInput, match="op 'new': nothing reads its tensor"):
+        QNet((*OPS[:3], Flatten(name="new", source="conv"), pool(), flat(), fc()))
+
+
+def two_inputs() -> QNet:
+    """Two inputs of different grids and shapes, and two outputs."""
+    fine, coarse = Fixed(signed=True, width=5, frac=3), Fixed(signed=False, width=3, frac=0)
+    return QNet(
+        (
+            Input(name="image", shape=(2, 2, 2), format=fine),
+            Input(name="extra", shape=(3,), format=coarse),
+            Flatten(name="flat", source="image"),
+            Concat(name="all", sources=("flat", "extra")),
+            Dense(
+                name="fc",
+                source="all",
+                weight=np.arange(22).reshape(11, 2) % 7 - 3,
+                weight_format=Fixed(signed=True, width=3, frac=1),
+                bias=np.array([1, -1]),
+            ),
+            Quantize(name="side", source="extra", format=Fixed(signed=False, width=2, frac=0)),
+        ),
+        ("fc", "side"),
+    )
+
+
+def test_several_inputs_and_outputs_are_one_array_to_the_user(tmp_path: Path) -> None:
+    net = two_inputs()
+    assert (net.input_shape, net.output_shape) == ((11,), (5,))
+    x = np.random.default_rng(0).normal(scale=3, size=(20, 11))
+    parts = net.split_inputs(x)
+    assert {name: part.shape for name, part in parts.items()} == {"image": (20, 2, 2, 2), "extra": (20, 3)}
+    traced = reference.trace(net, x)
+    image, extra = (net.formats[name].encode(parts[name]).reshape(20, -1) for name in ("image", "extra"))
+    fc = net["fc"]
+    assert isinstance(fc, Dense)
+    assert_array_equal(traced["fc"], np.concatenate([image, extra << 3], 1) @ fc.weight + fc.bias)
+    joined = reference.run(net, x)
+    assert_array_equal(net.decode(joined)[:, 2:], net.formats["side"].decode(traced["side"]))
+    assert_array_equal(net.decode(joined)[:, :2], net.formats["fc"].decode(traced["fc"]))
+    net.save(tmp_path / "qnet")
+    loaded = QNet.load(tmp_path / "qnet")
+    assert (loaded.digest, loaded.outputs) == (net.digest, net.outputs)
+    with pytest.raises(InvalidInput, match="has 2 inputs, and only one is supported here"):
+        _ = net.input
+
+
+def test_the_order_of_outputs_changes_the_digest() -> None:
+    net = two_inputs()
+    assert QNet(net.ops, ("side", "fc")).digest != net.digest
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Lookup(Quantize):
+    """An op with an array of its own that is no weight."""
+
+    table: Codes
+
+
+def test_every_array_of_every_op_is_saved_and_digested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OP_TYPES, "Lookup", Lookup)
+    nets = [
+        QNet((*OPS[:2], Lookup(name="new", source="conv", format=BYTE, table=np.array([1, last])))) for last in (2, 3)
+    ]
+    assert nets[0].digest != nets[1].digest
+    nets[1].save(tmp_path / "qnet")
+    loaded = QNet.load(tmp_path / "qnet")
+    assert_array_equal(loaded["new"].table, [1, 3])  # type: ignore[union-attr]
+    assert loaded.digest == nets[1].digest
+
+
+def version_2(net: QNet) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A network as format version 2 described it: several outputs were a last op."""
+    description, arrays = net._description(), net._arrays()
+    del description["outputs"]
+    if len(net.outputs) > 1:
+        description["ops"].append({"op": "Outputs", "name": "outputs", "sources": list(net.outputs)})
+    return {**description, "format_version": 2}, arrays
+
+
+@settings(max_examples=20)
+@given(qnets())
+def test_version_2_is_read(net: QNet) -> None:
+    description, arrays = version_2(net)
+    digest = _digest(description, arrays)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "network.json").write_text(json.dumps({"digest": digest, **description}))
+        np.savez(folder / "weights.npz", **arrays)
+        assert QNet.load(folder).digest == net.digest
+        (folder / "network.json").write_text(json.dumps({"digest": digest[::-1], **description}))
+        with pytest.raises(InvalidInput, match="digest differs"):
+            QNet.load(folder)
 
 
 def test_grids_too_far_apart_are_not_merged() -> None:
@@ -259,8 +350,8 @@ def test_digest_changes_with_any_weight(net: QNet, data: st.DataObject) -> None:
     at = data.draw(st.integers(0, codes.size - 1))
     codes.flat[at] = codes.flat[at] - 1 if codes.flat[at] > 0 else codes.flat[at] + 1
     ops = (*net.ops[:i], replace(op, **{field: codes}), *net.ops[i + 1 :])
-    assert QNet(ops).digest != net.digest
-    assert QNet(net.ops).digest == net.digest
+    assert QNet(ops, net.outputs).digest != net.digest
+    assert QNet(net.ops, net.outputs).digest == net.digest
 
 
 @given(qnets(), EITHER, st.data())
@@ -270,7 +361,7 @@ def test_digest_changes_with_any_format(net: QNet, wider: bool, data: st.DataObj
     field = "weight_format" if isinstance(op, Linear) else "format"
     old = getattr(op, field)
     new = replace(old, width=old.width + 1) if wider else replace(old, frac=old.frac + 1)
-    assert QNet((*net.ops[:i], replace(op, **{field: new}), *net.ops[i + 1 :])).digest != net.digest
+    assert QNet((*net.ops[:i], replace(op, **{field: new}), *net.ops[i + 1 :]), net.outputs).digest != net.digest
 
 
 @pytest.mark.parametrize(

@@ -123,11 +123,11 @@ class VerilatorSimulator:
     name: str = "rtl"
 
     def predict(self, x: np.ndarray[Any, Any]) -> Codes:
-        """Output codes `(batch, *output shape)` for real inputs `(batch, *input shape)`, channels last."""
+        """Output codes `(batch, *output_shape)` for real inputs `(batch, *input_shape)`, channels last."""
         codes = self.net.encode(x).reshape(len(x), -1)
         flush = np.zeros((self.latency_cycles, codes.shape[1]), np.int64)
         outputs = self.step(np.concatenate([codes, flush]))[self.latency_cycles :]
-        return outputs.reshape(len(x), *self.net.shapes[self.net.output.name])
+        return outputs.reshape(len(x), *self.net.output_shape)
 
     def step(self, codes: Codes) -> Codes:
         """What the output port holds just before each clock edge, for input codes `(cycles, inputs)`.
@@ -180,8 +180,9 @@ def compile_verilog(
     shutil.rmtree(generated, ignore_errors=True)
     translate = (verilator, "--cc", "-Wno-fatal", "-Wno-lint", "-O3", "--x-assign", "fast", "--x-initial", "fast")
     split = ("--output-split", "20000", "--output-split-cfuncs", "200")
-    names = ("--top-module", top, "--prefix", "Vtop", "--Mdir", generated)
-    _run("Verilator", folder / "verilator.log", time_limit_s, [*translate, *split, *names, *sources], root)
+    names = ("--top-module", top, "--prefix", "Vtop", "--Mdir", generated.name)
+    read = [os.path.relpath(path, folder) for path in sources]  # it does not take every character that a path may have
+    _run("Verilator", folder / "verilator.log", time_limit_s, [*translate, *split, *names, *read], root)
     # one translation unit: reading the headers anew for each of many files takes ten times as long
     design = "".join(f'#include "{path.name}"\n' for path in sorted(generated.glob("*.cpp")))
     (generated / "harness.cc").write_text(harness + design)
