@@ -23,8 +23,8 @@ class ToolMissing(InvalidInput):
     """A program is not installed; the message says what it is for, how to get it and what to set."""
 
 
-class ToolFailed(InvalidInput):
-    """A program failed or was stopped; the message says at what, and names its log."""
+class ToolFailed(RuntimeError):
+    """A program or hls4ml failed, or was stopped; the message says at what. Its input may well be right."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,8 @@
 import numpy as np
 
 from hmq_fpga.ir.fixed import Fixed
-from hmq_fpga.ir.network import Conv, Dense, DepthwiseConv, Flatten, Input, MaxPool, QNet, Quantize
+from hmq_fpga.ir.network import QNet
+from hmq_fpga.ir.ops import Conv, Dense, DepthwiseConv, Flatten, Input, MaxPool, Quantize, Scale
 
 
 def scheme(*, signed: bool, bits: int, m: int) -> Fixed:
@@ -42,8 +43,15 @@ class Builder:
         shape = (*kernel, self._shape(self.ops[-1].name)[-1])
         return self._linear(DepthwiseConv, name, shape, format_, bias, stride=stride, padding=padding)
 
-    def quantize(self, name, format_):
-        return self._add(Quantize, name, format=format_)
+    def identity(self, name, channels, frac):
+        """A scale by one, whose code is `2**frac`."""
+        one, none = np.full(channels, 1 << frac), np.zeros(channels, np.int64)
+        return self._add(
+            Scale, name, weight=one, weight_format=Fixed(signed=True, width=frac + 2, frac=frac), bias=none
+        )
+
+    def quantize(self, name, format_, source=None):
+        return self._add(Quantize, name, format=format_, source=source or self.ops[-1].name)
 
     def pool(self, name, window, stride=None):
         return self._add(MaxPool, name, window=window, stride=stride or window)

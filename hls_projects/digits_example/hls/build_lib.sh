@@ -19,9 +19,9 @@ fi
 LDFLAGS=
 INCFLAGS="-Ifirmware/ap_types/"
 PROJECT=myproject
-LIB_STAMP=q7b172c2
+LIB_STAMP=q0a6ef28
 BASEDIR="$(cd "$(dirname "$0")" && pwd)"
-WEIGHTS_DIR="\"${BASEDIR}/firmware/weights\""
+WEIGHTS_DIR="\"$(sed 's/["\\?]/\\&/g' <<< "${BASEDIR}/firmware/weights")\""
 
 ${CC} ${CFLAGS} ${INCFLAGS} -D WEIGHTS_DIR="${WEIGHTS_DIR}" -c firmware/${PROJECT}.cpp -o ${PROJECT}.o
 ${CC} ${CFLAGS} ${INCFLAGS} -D WEIGHTS_DIR="${WEIGHTS_DIR}" -c ${PROJECT}_bridge.cpp -o ${PROJECT}_bridge.o

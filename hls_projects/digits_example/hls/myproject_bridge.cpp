@@ -52,32 +52,32 @@ void collect_trace_output(struct trace_data *c_trace_outputs) {
 // Wrapper of top level function for Python bridge
 void myproject_float(
     float *input_values,
-    float *layer9_out
+    float *layer6_out
 ) {
 
     input_t input_values_ap[64];
     nnet::convert_data<float, input_t, 64>(input_values, input_values_ap);
 
-    result_t layer9_out_ap[10];
+    result_t layer6_out_ap[10];
 
-    myproject(input_values_ap,layer9_out_ap);
+    myproject(input_values_ap,layer6_out_ap);
 
-    nnet::convert_data<result_t, float, 10>(layer9_out_ap, layer9_out);
+    nnet::convert_data<result_t, float, 10>(layer6_out_ap, layer6_out);
 }
 
 void myproject_double(
     double *input_values,
-    double *layer9_out
+    double *layer6_out
 ) {
 
     input_t input_values_ap[64];
     nnet::convert_data<double, input_t, 64>(input_values, input_values_ap);
 
-    result_t layer9_out_ap[10];
+    result_t layer6_out_ap[10];
 
-    myproject(input_values_ap,layer9_out_ap);
+    myproject(input_values_ap,layer6_out_ap);
 
-    nnet::convert_data<result_t, double, 10>(layer9_out_ap, layer9_out);
+    nnet::convert_data<result_t, double, 10>(layer6_out_ap, layer6_out);
 }
 }
 

@@ -62,10 +62,10 @@ int main(int argc, char **argv) {
             // hls-fpga-machine-learning insert data
       input_t input_values[64];
       nnet::copy_data<float, input_t, 0, 64>(in, input_values);
-      result_t layer9_out[10];
+      result_t layer6_out[10];
 
             // hls-fpga-machine-learning insert top-level-function
-            myproject(input_values,layer9_out);
+            myproject(input_values,layer6_out);
 
             if (e % CHECKPOINT == 0) {
                 std::cout << "Predictions" << std::endl;
@@ -76,12 +76,12 @@ int main(int argc, char **argv) {
                 std::cout << std::endl;
                 std::cout << "Quantized predictions" << std::endl;
                 // hls-fpga-machine-learning insert quantized
-                nnet::print_result<result_t, 10>(layer9_out, std::cout, true);
+                nnet::print_result<result_t, 10>(layer6_out, std::cout, true);
             }
             e++;
 
             // hls-fpga-machine-learning insert tb-output
-            nnet::print_result<result_t, 10>(layer9_out, fout);
+            nnet::print_result<result_t, 10>(layer6_out, fout);
         }
         fin.close();
         fpr.close();
@@ -92,16 +92,16 @@ int main(int argc, char **argv) {
             // hls-fpga-machine-learning insert zero
             input_t input_values[64];
             nnet::fill_zero<input_t, 64>(input_values);
-            result_t layer9_out[10];
+            result_t layer6_out[10];
 
             // hls-fpga-machine-learning insert top-level-function
-            myproject(input_values,layer9_out);
+            myproject(input_values,layer6_out);
 
             // hls-fpga-machine-learning insert output
-            nnet::print_result<result_t, 10>(layer9_out, std::cout, true);
+            nnet::print_result<result_t, 10>(layer6_out, std::cout, true);
 
             // hls-fpga-machine-learning insert tb-output
-            nnet::print_result<result_t, 10>(layer9_out, fout);
+            nnet::print_result<result_t, 10>(layer6_out, fout);
         }
     }
 

@@ -11,7 +11,7 @@
 // Prototype of top level function for C-synthesis
 void myproject(
     input_t input_values[64],
-    result_t layer9_out[10]
+    result_t layer6_out[10]
 );
 
 // hls-fpga-machine-learning insert emulator-defines

@@ -14,17 +14,17 @@
 #include "nnet_utils/nnet_dense_stream.h"
 
 // hls-fpga-machine-learning insert weights
-#include "weights/w3.h"
-#include "weights/b3.h"
+#include "weights/w2.h"
+#include "weights/b2.h"
+#include "weights/w4.h"
+#include "weights/b4.h"
 #include "weights/w6.h"
 #include "weights/b6.h"
-#include "weights/w9.h"
-#include "weights/b9.h"
 
 
 // hls-fpga-machine-learning insert layer-config
 // linear_0
-struct config3 : nnet::dense_config {
+struct config2 : nnet::dense_config {
     static const unsigned n_in = 64;
     static const unsigned n_out = 16;
     static const unsigned io_type = nnet::io_parallel;
@@ -37,7 +37,7 @@ struct config3 : nnet::dense_config {
     typedef linear_0_accum_t accum_t;
     typedef linear_0_bias_t bias_t;
     typedef linear_0_weight_t weight_t;
-    typedef layer3_index index_t;
+    typedef layer2_index index_t;
     template<class data_T, class res_T, class CONFIG_T>
     using kernel = nnet::DenseLatency<data_T, res_T, CONFIG_T>;
     template<class x_T, class y_T>
@@ -45,7 +45,7 @@ struct config3 : nnet::dense_config {
 };
 
 // relu_1
-struct relu_config5 : nnet::activ_config {
+struct relu_config3 : nnet::activ_config {
     static const unsigned n_in = 16;
     static const unsigned table_size = 1024;
     static const unsigned io_type = nnet::io_parallel;
@@ -54,7 +54,7 @@ struct relu_config5 : nnet::activ_config {
 };
 
 // linear_2
-struct config6 : nnet::dense_config {
+struct config4 : nnet::dense_config {
     static const unsigned n_in = 16;
     static const unsigned n_out = 16;
     static const unsigned io_type = nnet::io_parallel;
@@ -67,7 +67,7 @@ struct config6 : nnet::dense_config {
     typedef linear_2_accum_t accum_t;
     typedef linear_2_bias_t bias_t;
     typedef linear_2_weight_t weight_t;
-    typedef layer6_index index_t;
+    typedef layer4_index index_t;
     template<class data_T, class res_T, class CONFIG_T>
     using kernel = nnet::DenseLatency<data_T, res_T, CONFIG_T>;
     template<class x_T, class y_T>
@@ -75,7 +75,7 @@ struct config6 : nnet::dense_config {
 };
 
 // relu_3
-struct relu_config8 : nnet::activ_config {
+struct relu_config5 : nnet::activ_config {
     static const unsigned n_in = 16;
     static const unsigned table_size = 1024;
     static const unsigned io_type = nnet::io_parallel;
@@ -84,7 +84,7 @@ struct relu_config8 : nnet::activ_config {
 };
 
 // linear_4
-struct config9 : nnet::dense_config {
+struct config6 : nnet::dense_config {
     static const unsigned n_in = 16;
     static const unsigned n_out = 10;
     static const unsigned io_type = nnet::io_parallel;
@@ -97,7 +97,7 @@ struct config9 : nnet::dense_config {
     typedef linear_4_accum_t accum_t;
     typedef linear_4_bias_t bias_t;
     typedef linear_4_weight_t weight_t;
-    typedef layer9_index index_t;
+    typedef layer6_index index_t;
     template<class data_T, class res_T, class CONFIG_T>
     using kernel = nnet::DenseLatency<data_T, res_T, CONFIG_T>;
     template<class x_T, class y_T>

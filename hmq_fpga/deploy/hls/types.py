@@ -1,0 +1,140 @@
+"""The C++ type of every tensor and constant of a project, and where the project holds them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from hmq_fpga.deploy.hls.layers import is_copy
+from hmq_fpga.ir.errors import assert_never
+from hmq_fpga.ir.fixed import Fixed
+from hmq_fpga.ir.network import QNet
+from hmq_fpga.ir.ops import (
+    Add,
+    AvgPool,
+    Concat,
+    Conv,
+    Dense,
+    DepthwiseConv,
+    Flatten,
+    Input,
+    LeakyRelu,
+    MaxPool,
+    Op,
+    Pad,
+    Quantize,
+    Scale,
+    Shape,
+    Upsample,
+)
+
+Types = dict[str, dict[str, str]]  # C++ type by op name and role: result, and weight, bias, accum of a linear op
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensor:
+    """How the project holds one op's tensor.
+
+    Attributes:
+        op: the QNet's op that makes it.
+        variable: the C++ variable.
+        shape: without the batch.
+        format: of its codes.
+        typedefs: names in `firmware/defines.h` by role: `result`, and `weight`, `bias`, `accum` of a linear op (which
+            has only its result's where its constants are shifts and additions in the code).
+    """
+
+    op: str
+    variable: str
+    shape: Shape
+    format: Fixed
+    typedefs: Mapping[str, str]
+
+
+def expected_types(net: QNet) -> Types:
+    """The C++ type of every op's result, and of the weight, bias and accumulator of a linear op.
+
+    Activations and the input round half to even and saturate. Constants need no rounding, accumulators and
+    linear results are exact, and whatever only moves values keeps its source's type.
+
+    A linear result is wider than its accumulator only where it is far below the next quantizer's step, as when all
+    weights are zero: `ap_fixed` reads the bit half a step below, and fails an assertion where that is none of its own.
+    """
+    types: Types = {}
+    for op in net.ops:
+        if _moves(net, op):
+            types[op.name] = {"result": types[op.reads[0]]["result"]}
+        elif isinstance(op, Input | Quantize):
+            types[op.name] = {"result": str(op.format)}
+        else:
+            exact = net.formats[op.name]
+            result = replace(exact, width=max(exact.width, exact.frac - _next_frac(net, op)))
+            types[op.name] = {"result": _exact_type(result), **_inner_types(net, op)}
+    return types
+
+
+def precisions(net: QNet) -> Types:
+    """The types in hls4ml's configuration, by op and under hls4ml's names of the roles."""
+    types = expected_types(net)
+    for op in net.ops:
+        if isinstance(op, Scale) and not is_copy(net, op):
+            types[op.name]["scale"] = types[op.name].pop("weight")
+        elif isinstance(op, MaxPool):
+            types[op.name]["accum"] = types[op.name]["result"]
+    return types
+
+
+def read_types(defines: str, tensors: tuple[Tensor, ...]) -> Types:
+    """The types that the text of a `defines.h` gives to tensors."""
+    typedefs = {name: _plain_type(kind) for kind, name in re.findall(r"typedef (.*) (\w+);", defines)}
+    return {t.op: {role: typedefs[name] for role, name in t.typedefs.items()} for t in tensors}
+
+
+def inner_roles(net: QNet, op: Op) -> list[str]:
+    """The roles of types inside an op that is no copy."""
+    return list(_inner_types(net, op))
+
+
+def _moves(net: QNet, op: Op) -> bool:
+    """Whether every value of an op is one of its source's."""
+    return isinstance(op, MaxPool | Pad | Upsample | Flatten) or is_copy(net, op)
+
+
+def _inner_types(net: QNet, op: Op) -> dict[str, str]:
+    """The types inside an op, by role."""
+    exact = net.formats[op.name]
+    match op:
+        case Dense() | Conv() | DepthwiseConv() | Scale():
+            constants = {"weight": _exact_type(op.weight_format), "bias": _exact_type(net.bias_format(op))}
+            return constants if isinstance(op, Scale) else {**constants, "accum": _exact_type(exact)}
+        case AvgPool():  # the sum, before it is divided
+            return {"accum": _exact_type(replace(exact, width=exact.width + exact.frac - net.formats[op.source].frac))}
+        case LeakyRelu():
+            return {"param": _exact_type(Fixed(signed=False, width=1, frac=op.shift))}
+        case Input() | Quantize() | MaxPool() | Pad() | Upsample() | Flatten() | Add() | Concat():
+            return {}
+        case _:
+            return assert_never(op)
+
+
+def _next_frac(net: QNet, op: Op) -> int:
+    """Fraction of the coarsest quantizer that reads an op's tensor, directly or after it was moved; else its own."""
+    fracs = [net.formats[op.name].frac]
+    for reader in net.ops:
+        if op.name in reader.reads:
+            if _moves(net, reader):
+                fracs.append(_next_frac(net, reader))
+            elif isinstance(reader, Quantize):
+                fracs.append(reader.format.frac)
+    return min(fracs)
+
+
+def _exact_type(format: Fixed) -> str:
+    return f"{'ap_fixed' if format.signed else 'ap_ufixed'}<{format.width},{format.integer}>"
+
+
+def _plain_type(text: str) -> str:
+    """A type of `defines.h` without the array of a stream around it and without its count of saturation bits."""
+    match = re.search(r"(ap_u?(?:fixed|int)<\w+(?:,-?\d+)?)((?:,AP_\w+)*)(?:,0)?>", text)
+    return f"{match[1]}{match[2]}>" if match else text
