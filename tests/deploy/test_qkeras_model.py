@@ -1,29 +1,42 @@
+import json
+import re
 import subprocess
 import sys
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from numpy.testing import assert_array_equal
 
-from hmq_fpga.deploy.qkeras.model import QKerasSimulator, float_type, layer_name, save, tensorflow, to_qkeras
+from hmq_fpga.deploy.qkeras import versions
+from hmq_fpga.deploy.qkeras.model import QKerasSimulator, export, float_type, layer_name, load, save, to_qkeras
+from hmq_fpga.deploy.qkeras.versions import import_keras, quantizer_attribute
+from hmq_fpga.deploy.toolchain import ToolMissing
 from hmq_fpga.ir import reference
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Fixed
-from hmq_fpga.ir.network import Dense, Input, QNet, Quantize, Scale
+from hmq_fpga.ir.network import QNet
+from hmq_fpga.ir.ops import Dense, Input, Quantize, Scale
+from tests import outside
 from tests.strategies import inputs, qnets
+
+pytestmark = outside.needs_qkeras
 
 LOAD = """
 import sys
+import keras
 import numpy as np
-import tensorflow as tf
 from qkeras.utils import _add_supported_quantized_objects
 
 objects = {}
 _add_supported_quantized_objects(objects)
 assert "hmq_fpga" not in sys.modules
-model = tf.keras.models.load_model(sys.argv[1], custom_objects=objects)
-np.save(sys.argv[3], model(np.load(sys.argv[2])).numpy())
+if keras.__version__ >= "3":
+    import hmq_fpga.deploy.qkeras.small
+for folder in sys.argv[1:]:
+    model = keras.models.load_model(folder + "/model.keras", custom_objects=objects)
+    np.save(folder + "/y.npy", model(np.load(folder + "/x.npy")))
 """
 
 
@@ -50,7 +63,7 @@ def test_the_learned_numbers_are_in_the_configuration(fixture, request):
     for op in net.ops:
         layer = model.get_layer(layer_name(op))
         if isinstance(op, Input | Quantize):
-            format_, quantizer = op.format, layer.quantizer
+            format_, quantizer = op.format, getattr(layer, quantizer_attribute())
         elif op in net.linears:
             format_, quantizer = op.weight_format, layer.kernel_quantizer
             assert_array_equal(format_.encode(quantizer(layer.kernel)), op.weight)
@@ -88,14 +101,66 @@ def test_a_scale_of_many_channels_is_exact(scaled, samples):
     assert_array_equal(QKerasSimulator(scaled).predict(x), reference.run(scaled, x))
 
 
-def test_saved_model_predicts_the_same_in_a_fresh_process(mlp, samples, tmp_path):
-    model, x = to_qkeras(mlp), samples(mlp)
-    save(model, tmp_path / "model.keras")
-    np.save(tmp_path / "x.npy", x)
+@pytest.fixture(scope="module")
+def wide() -> QNet:
+    return _wide(40)
+
+
+def test_saved_models_predict_the_same_in_a_fresh_process(mlp, wide, samples, tmp_path):
+    nets = {tmp_path / "float32": mlp, tmp_path / "float64": wide}
+    for folder, net in nets.items():
+        export(net, folder)
+        np.save(folder / "x.npy", samples(net))
     (tmp_path / "load.py").write_text(LOAD)
-    files = [str(tmp_path / name) for name in ("load.py", "model.keras", "x.npy", "y.npy")]
-    subprocess.run([sys.executable, *files], check=True, cwd=tmp_path, capture_output=True)
-    assert_array_equal(np.load(tmp_path / "y.npy"), model(x).numpy())
+    subprocess.run(
+        [sys.executable, "load.py", *(folder.name for folder in nets)], check=True, cwd=tmp_path, capture_output=True
+    )
+    for folder, net in nets.items():
+        expected = reference.run(net, samples(net))
+        assert_array_equal(np.load(folder / "y.npy"), net.decode(expected))
+        assert_array_equal(QKerasSimulator.load(net, folder).predict(samples(net)), expected)
+        assert_array_equal(np.asarray(load(folder / "model.keras")(samples(net))), net.decode(expected))
+
+
+def test_a_model_of_another_network_is_refused(mlp, cnn, tmp_path):
+    export(mlp, tmp_path)
+    with pytest.raises(InvalidInput, match=r"model\.keras: not of this network, it has no such tensor as 'input'"):
+        QKerasSimulator.load(cnn, tmp_path)
+
+
+def test_files_that_are_no_models_of_this_keras_are_refused(mlp, tmp_path):
+    path = tmp_path / "model.keras"
+    with pytest.raises(InvalidInput, match=r"model\.keras: not a Keras model: .*No such file"):
+        load(path)
+    export(mlp, tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(InvalidInput, match="not a Keras model: File is not a zip file"):
+        load(path)
+    with ZipFile(path, "w") as archive:
+        archive.writestr("metadata.json", '{"keras_version": "1.2.3"}')
+    with pytest.raises(InvalidInput, match=r"of Keras 1\.2\.3, which Keras .* cannot read: export it again"):
+        load(path)
+    with ZipFile(path, "w") as archive:
+        archive.writestr("metadata.json", json.dumps({"keras_version": import_keras().__version__}))
+    with pytest.raises(InvalidInput, match="not a model of QKeras"):
+        load(path)
+
+
+def test_without_qkeras_one_line_says_how_to_get_it(mlp, samples, tmp_path, monkeypatch):
+    assert versions.missing() is None
+    monkeypatch.setattr(versions, "find_spec", lambda name: None if name == "qkeras" else object())
+    line = "QKeras is not installed, .* are left out: pip install 'hmq-fpga\\[qkeras\\]'"
+    assert re.fullmatch(line, versions.missing())
+    uses = (lambda: to_qkeras(mlp), lambda: load(tmp_path / "model.keras"), lambda: export(mlp, tmp_path / "new"))
+    for use in (
+        *uses,
+        lambda: save(None, tmp_path / "model.keras"),
+        lambda: QKerasSimulator(mlp).predict(samples(mlp)),
+    ):
+        with pytest.raises(ToolMissing, match=line):
+            use()
+    assert not any(tmp_path.iterdir())
 
 
 def _wide(bits: int) -> QNet:
@@ -121,14 +186,13 @@ def test_the_model_also_runs_and_trains_as_a_graph(mlp, samples):
     model.fit(x, expected + 1, verbose=0)
 
 
-def test_sums_beyond_float32_are_float64():
-    net = _wide(40)
-    keras = tensorflow().keras
+def test_sums_beyond_float32_are_float64(wide):
+    net = wide
     assert float_type(_wide(20)) == "float32"
     assert float_type(net) == "float64"
     x = np.random.default_rng(0).integers(-(2**19), 2**19, (200, 2)).astype(np.float32)
-    assert_array_equal(QKerasSimulator(net).predict(x), reference.run(net, x))
-    assert keras.backend.floatx() == "float32"
+    assert_array_equal(np.asarray(to_qkeras(net)(x)), net.decode(reference.run(net, x)))
+    assert import_keras().backend.floatx() == "float32"
 
 
 def test_sums_beyond_float64_are_refused():
@@ -145,7 +209,7 @@ def test_floatx_is_restored_after_an_error():
     )
     with pytest.raises(InvalidInput, match="op 'sign': QKeras has no signed format of one bit"):
         to_qkeras(net)
-    assert tensorflow().keras.backend.floatx() == "float32"
+    assert import_keras().backend.floatx() == "float32"
 
 
 def test_a_bias_of_one_signed_bit_is_kept():

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import json
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, assert_never
+from typing import Any, ClassVar, Literal
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import numpy.typing as npt
 
 from hmq_fpga.deploy.parity import to_codes
-from hmq_fpga.ir import reference
-from hmq_fpga.ir.errors import InvalidInput
+from hmq_fpga.deploy.qkeras.config import hls4ml_config
+from hmq_fpga.deploy.qkeras.names import check_distinct, layer_name, padding_name, values_name
+from hmq_fpga.deploy.qkeras.versions import custom_objects, floatx, import_keras, plain_batch_norm, quiet
+from hmq_fpga.ir.errors import InvalidInput, assert_never
 from hmq_fpga.ir.fixed import Codes, Fixed
-from hmq_fpga.ir.network import (
+from hmq_fpga.ir.network import QNet
+from hmq_fpga.ir.ops import (
     Add,
     AvgPool,
+    Computed,
     Concat,
     Conv,
     Dense,
@@ -31,33 +35,18 @@ from hmq_fpga.ir.network import (
     Linear,
     MaxPool,
     Op,
-    Outputs,
     Pad,
-    QNet,
+    Padding,
     Quantize,
     Scale,
     Shape,
     Upsample,
-    kernel_of,
-    sources_of,
 )
 
 BATCH = 1024  # samples at a time
+MODEL, CONFIG = "model.keras", "hls4ml_config.json"
 FloatType = Literal["float32", "float64"]
 _FLOAT32_BITS = 24  # of its significand
-
-
-def tensorflow() -> Any:
-    """TensorFlow, imported without noise and without the rewrites by which oneDNN changes the arithmetic.
-
-    That is decided when it is first imported, so nothing in the package imports it in another way.
-    """
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    with quiet():
-        import qkeras  # noqa: F401
-        import tensorflow
-    return tensorflow
 
 
 def to_qkeras(net: QNet) -> Any:
@@ -65,45 +54,71 @@ def to_qkeras(net: QNet) -> Any:
 
     Of a network with several outputs it gives a list of them. A layer has the name of its op (see `layer_name`); a
     padding that is neither `valid` nor `same` is one more layer, `<op>_padding`. Where float32 cannot hold every sum
-    the model is float64 (see `float_type`): set `tf.keras.backend.set_floatx("float64")` before loading such a model
-    from a file.
+    the model is float64 (see `float_type`).
 
     Raises:
+        ToolMissing: where QKeras is not installed.
         InvalidInput: where not even float64 is exact, or QKeras has no such quantizer; names the op.
     """
+    keras = import_keras()
     dtype = float_type(net)
-    with _floatx(dtype) as keras, quiet():
+    with quiet(), floatx(dtype):
+        import tensorflow
+
         # AutoGraph would rewrite the source of QKeras's layers, a second's work, where only shapes are asked for
-        model = tensorflow().autograph.experimental.do_not_convert(_connected)(net, keras, dtype)
+        model = tensorflow.autograph.experimental.do_not_convert(_connected)(net, keras, dtype)
         for op in net.linears:
             model.get_layer(op.name).set_weights(_constants(net, op))
     return model
 
 
 def save(model: Any, path: Path) -> None:
-    """Write a QKeras model to a `.keras` file; `tf.keras.models.load_model` reads it, with QKeras installed.
+    """Write a QKeras model to a `.keras` file, which `load` reads.
 
-    Thresholds below one take this package as well (see `qkeras_small`): it must be installed, not imported.
+    So does `keras.models.load_model` with QKeras's objects. Thresholds below one and float64 models then take this
+    package's `small` as well: with Keras 2 the package must be installed, with Keras 3 that module imported.
     """
+    import_keras()
     with quiet():
         model.save(path)
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No deprecation notices of QKeras's dependencies, nor Keras's that a quantizer is serialized as a constraint."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.filterwarnings("ignore", message=r".*keras\.constraints\.serialize")
-        yield
+def load(path: Path) -> Any:
+    """The model of a `.keras` file, ready to run.
 
-
-def layer_name(op: Op) -> str:
-    """Name of the Keras layer that makes an op's tensor: the op's, or `<input>_quantizer` after `<input>_values`.
-
-    (hls4ml reserves the name `input`.)
+    Raises:
+        ToolMissing: where QKeras is not installed.
+        InvalidInput: where the file is none, damaged, or of another Keras.
     """
-    return f"{op.name}_quantizer" if isinstance(op, Input) else op.name
+    keras = import_keras()
+    try:
+        with ZipFile(path) as archive:
+            version = str(json.loads(archive.read("metadata.json"))["keras_version"])
+    except (OSError, BadZipFile, KeyError, TypeError, ValueError) as error:
+        raise InvalidInput(f"{path}: not a Keras model: {error}") from error
+    if version.split(".")[0] != keras.__version__.split(".")[0]:
+        raise InvalidInput(f"{path}: of Keras {version}, which Keras {keras.__version__} cannot read: export it again")
+    try:
+        with quiet():
+            return keras.models.load_model(path, custom_objects=custom_objects())
+    except Exception as error:  # from a damaged archive anything may come
+        raise InvalidInput(f"{path}: not a model of QKeras: {str(error).splitlines()[0]}") from error
+
+
+def export(net: QNet, folder: Path) -> None:
+    """Write a network's `model.keras`, and beside it `hls4ml_config.json` for hls4ml's own Keras conversion.
+
+    See `hls4ml_config` for how to go on from there; for a network that it refuses there is none.
+
+    Raises:
+        ToolMissing: where QKeras is not installed.
+        InvalidInput: see `to_qkeras`.
+    """
+    model = to_qkeras(net)
+    folder.mkdir(parents=True, exist_ok=True)
+    save(model, folder / MODEL)
+    with suppress(InvalidInput):
+        (folder / CONFIG).write_text(json.dumps(hls4ml_config(net), indent=1) + "\n")
 
 
 def float_type(net: QNet) -> FloatType:
@@ -129,6 +144,21 @@ class QKerasSimulator:
     given: Any = None
     name: ClassVar[str] = "qkeras"
 
+    @classmethod
+    def load(cls, net: QNet, folder: Path) -> QKerasSimulator:
+        """The model that `export` wrote to `folder`, as a simulator of the network that it was made from.
+
+        Raises:
+            ToolMissing: where QKeras is not installed.
+            InvalidInput: when there is none, or it has not the network's tensors.
+        """
+        model = load(folder / MODEL)
+        shapes = {layer.name: tuple(layer.output.shape)[1:] for layer in model.layers}
+        for op in net.ops:
+            if shapes.get(layer_name(op)) != net.shapes[op.name]:
+                raise InvalidInput(f"{folder / MODEL}: not of this network, it has no such tensor as {op.name!r}")
+        return cls(net, model)
+
     @cached_property
     def model(self) -> Any:
         """The Keras model."""
@@ -136,28 +166,24 @@ class QKerasSimulator:
 
     def predict(self, x: npt.NDArray[np.float32]) -> Codes:
         """Output codes `(batch, *output shape)` for real inputs `(batch, *input shape)`."""
-        return self._run(x, self.net.outputs)[self.net.output.name]
+        return self.net.join(self._run(x, [self.net[name] for name in self.net.outputs]))
 
     def trace(self, x: npt.NDArray[np.float32]) -> dict[str, Codes]:
         """Codes of every tensor by op name, for real inputs `(batch, *input shape)`."""
-        return self._run(x, [op for op in self.net.ops if not isinstance(op, Outputs)])
+        return self._run(x, self.net.ops)
 
     def _run(self, x: npt.NDArray[np.float32], ops: Sequence[Op]) -> dict[str, Codes]:
         # QKeras quantizes as x + (q - x), which rounds where |x| is many times |q|. Values beyond twice the
         # threshold saturate alike, so a clip there changes no code.
         bound = 2.0 ** (self.net.input.format.threshold_log2 + 1)
         x = np.clip(x, -bound, bound)
-        with _floatx(float_type(self.net)) as keras:
-            outputs = {op.name: self.model.get_layer(layer_name(op)).output for op in ops}
-            model = keras.Model(self.model.input, outputs)
-            batches = [model(x[i : i + BATCH]) for i in range(0, len(x), BATCH)]
-        codes = {
+        outputs = {op.name: self.model.get_layer(layer_name(op)).output for op in ops}
+        model = import_keras().Model(self.model.input, outputs)
+        batches = [model(x[i : i + BATCH]) for i in range(0, len(x), BATCH)]
+        return {
             op.name: to_codes(np.concatenate([b[op.name] for b in batches]), self.net.formats[op.name], op.name)
             for op in ops
         }
-        if isinstance(self.net.output, Outputs):
-            codes[self.net.output.name] = reference.merge(self.net, self.net.output, codes)
-        return codes
 
 
 def _significant_bits(net: QNet, op: Op) -> int:
@@ -174,7 +200,7 @@ def _significant_bits(net: QNet, op: Op) -> int:
             return max(net.partial_sum_bits(op), _FLOAT32_BITS + 1)
         case AvgPool() | LeakyRelu() | Add():
             return net.formats[op.name].width
-        case MaxPool() | Pad() | Upsample() | Flatten() | Concat() | Outputs():
+        case MaxPool() | Pad() | Upsample() | Flatten() | Concat():
             return 0
         case _:
             assert_never(op)
@@ -182,58 +208,53 @@ def _significant_bits(net: QNet, op: Op) -> int:
 
 def _connected(net: QNet, keras: Any, dtype: FloatType) -> Any:
     """The Keras model of all ops, without their constants."""
+    check_distinct([values_name(net.input), *map(layer_name, net.ops), *map(padding_name, _padded(net))], "Keras")
     tensors: dict[str, Any] = {}
-    source = keras.Input(net.input.shape, dtype=dtype, name=f"{net.input.name}_values")
+    source = keras.Input(net.input.shape, dtype=dtype, name=values_name(net.input))
     for op in net.ops:
-        if not isinstance(op, Outputs):
-            tensors[op.name] = _apply(net, op, tensors, source, keras, dtype)
-    outputs = [tensors[op.name] for op in net.outputs]
+        tensors[op.name] = _apply(net, op, tensors, source, keras, dtype)
+    outputs = [tensors[name] for name in net.outputs]
     return keras.Model(source, outputs if len(outputs) > 1 else outputs[0])
 
 
 def _apply(net: QNet, op: Op, tensors: dict[str, Any], inputs: Any, keras: Any, dtype: FloatType) -> Any:
     """The Keras tensor of an op."""
     if isinstance(op, Input):
-        return _activation(op, _bits_text(op, op.format))(inputs)
-    sources = [tensors[name] for name in sources_of(op)]
+        return _activation(op, dtype)(inputs)
+    sources = [tensors[name] for name in op.reads]
     layer = _layer(net, op, keras, dtype)
     if isinstance(op, Add | Concat):
         return layer(sources)
-    if isinstance(op, Conv | DepthwiseConv) and _padding_name(op, net.shapes[op.source]) is None:
-        dims = len(op.padding)
-        padding = getattr(keras.layers, f"ZeroPadding{dims}D")(_per_dimension(op.padding), name=f"{op.name}_padding")
-        return layer(padding(*sources))
+    if isinstance(op, Conv | DepthwiseConv) and op in _padded(net):
+        return layer(_zero_padding(keras, op.padding, padding_name(op))(*sources))
     return layer(*sources)
 
 
-def _layer(net: QNet, op: Op, keras: Any, dtype: FloatType) -> Any:
+def _layer(net: QNet, op: Computed, keras: Any, dtype: FloatType) -> Any:
     """The Keras layer of an op, but for padding before a convolution."""
     import qkeras
 
     layers = keras.layers
     match op:
         case Quantize():
-            relu = net.formats[op.source].signed and not op.format.signed
-            # quantized_relu computes in float32 whatever the model's type; quantized_bits is the same function
-            if relu and dtype == "float32":
-                return _activation(op, f"quantized_relu({op.format.width},{op.format.threshold_log2})")
-            return _activation(op, _bits_text(op, op.format))
+            return _activation(op, dtype, relu=net.formats[op.source].signed and not op.format.signed)
         case Dense():
-            return qkeras.QDense(op.weight.shape[1], name=op.name, **_quantizers(net, op, "kernel"))
+            return qkeras.QDense(op.weight.shape[1], name=op.name, **_quantizers(net, op, "kernel", dtype))
         case Conv():
             kind = qkeras.QConv1D if len(op.stride) == 1 else qkeras.QConv2D
-            windows = {"padding": _padding_name(op, net.shapes[op.source]) or "valid", "strides": op.stride}
-            return kind(op.weight.shape[-1], kernel_of(op), name=op.name, **windows, **_quantizers(net, op, "kernel"))
+            windows = {"padding": _padding_mode(op, net.shapes[op.source]) or "valid", "strides": op.stride}
+            quantizers = _quantizers(net, op, "kernel", dtype)
+            return kind(op.weight.shape[-1], op.kernel, name=op.name, **windows, **quantizers)
         case DepthwiseConv():
-            windows = {"padding": _padding_name(op, net.shapes[op.source]) or "valid", "strides": op.stride}
+            windows = {"padding": _padding_mode(op, net.shapes[op.source]) or "valid", "strides": op.stride}
             if len(op.stride) == 1:  # QKeras has none: the values are on their grids anyway
-                return layers.DepthwiseConv1D(kernel_of(op), name=op.name, **windows)
+                return layers.DepthwiseConv1D(op.kernel, name=op.name, **windows)
             if op.stride[0] != op.stride[1]:
                 raise InvalidInput(f"op {op.name!r}: TensorFlow has no depthwise convolution of stride {op.stride}")
-            quantizers = _quantizers(net, op, "depthwise")
-            return qkeras.QDepthwiseConv2D(kernel_of(op), name=op.name, **windows, **quantizers)
+            quantizers = _quantizers(net, op, "depthwise", dtype)
+            return qkeras.QDepthwiseConv2D(op.kernel, name=op.name, **windows, **quantizers)
         case Scale():
-            return layers.BatchNormalization(epsilon=0, fused=False, name=op.name)
+            return layers.BatchNormalization(epsilon=0, name=op.name, **plain_batch_norm())
         case MaxPool():
             return getattr(layers, f"MaxPooling{len(op.window)}D")(op.window, op.stride, name=op.name)
         case AvgPool():
@@ -241,7 +262,7 @@ def _layer(net: QNet, op: Op, keras: Any, dtype: FloatType) -> Any:
         case LeakyRelu():
             return layers.LeakyReLU(2.0**-op.shift, name=op.name)
         case Pad():
-            return getattr(layers, f"ZeroPadding{len(op.padding)}D")(_per_dimension(op.padding), name=op.name)
+            return _zero_padding(keras, op.padding, op.name)
         case Upsample():
             return getattr(layers, f"UpSampling{len(op.factor)}D")(_per_dimension(op.factor), name=op.name)
         case Flatten():
@@ -251,7 +272,17 @@ def _layer(net: QNet, op: Op, keras: Any, dtype: FloatType) -> Any:
         case Concat():
             return layers.Concatenate(name=op.name)
         case _:
-            raise AssertionError(f"no layer for {op}")
+            assert_never(op)
+
+
+def _padded(net: QNet) -> list[Op]:
+    """The convolutions that a layer of their own pads for."""
+    windows = [op for op in net.ops if isinstance(op, Conv | DepthwiseConv)]
+    return [op for op in windows if _padding_mode(op, net.shapes[op.source]) is None]
+
+
+def _zero_padding(keras: Any, padding: Padding, name: str) -> Any:
+    return getattr(keras.layers, f"ZeroPadding{len(padding)}D")(_per_dimension(padding), name=name)
 
 
 def _per_dimension(values: tuple[Any, ...]) -> Any:
@@ -271,67 +302,51 @@ def _constants(net: QNet, op: Linear) -> list[npt.NDArray[np.float64]]:
             return [weight, bias]
 
 
-def _bits_text(op: Op, format: Fixed) -> str:
-    if format.signed and format.width == 1:
+def _activation(op: Input | Quantize, dtype: FloatType, *, relu: bool = False) -> Any:
+    width, integer = op.format.width, op.format.threshold_log2
+    if op.format.signed and width == 1:
         raise InvalidInput(f"op {op.name!r}: QKeras has no signed format of one bit: use two bits or an unsigned one")
-    return f"quantized_bits({format.width},{format.threshold_log2},0,{int(format.signed)},1)"
+    # quantized_relu computes in float32 whatever the model's type; quantized_bits is the same function
+    relu = relu and dtype == "float32"
+    bits = f"quantized_bits({width},{integer},0,{int(op.format.signed)},1)"
+    text = f"quantized_relu({width},{integer})" if relu else bits
+    return _qkeras(integer, dtype).QActivation(text, name=layer_name(op))
 
 
-def _activation(op: Op, text: str) -> Any:
-    import qkeras
-
-    layer = qkeras.QActivation(text, name=layer_name(op))
-    if _is_computable(layer.quantizer.integer):
-        return layer
-    from hmq_fpga.deploy.qkeras import small as qkeras_small
-
-    return qkeras_small.QActivation(text, name=layer_name(op))
-
-
-def _quantizers(net: QNet, op: Linear, weight: str) -> dict[str, Any]:
+def _quantizers(net: QNet, op: Linear, weight: str, dtype: FloatType) -> dict[str, Any]:
     return {
-        f"{weight}_quantizer": _constant_quantizer(op.weight_format),
-        "bias_quantizer": _constant_quantizer(net.bias_format(op)),
+        f"{weight}_quantizer": _constant_quantizer(op.weight_format, dtype),
+        "bias_quantizer": _constant_quantizer(net.bias_format(op), dtype),
         f"{weight}_initializer": "zeros",
     }
 
 
-def _constant_quantizer(format: Fixed) -> Any:
+def _constant_quantizer(format: Fixed, dtype: FloatType) -> Any:
     """The quantizer of constants: of one signed bit, `{-step, 0}`, which QKeras takes for ±1, it has two."""
-    import qkeras
-
-    from hmq_fpga.deploy.qkeras import small as qkeras_small
-
     width = max(format.width, 1 + format.signed)
     integer = width - format.signed - format.frac
-    module = qkeras if _is_computable(integer) else qkeras_small
-    return module.quantized_bits(width, integer, symmetric=0, keep_negative=int(format.signed), alpha=1)
+    quantizer = _qkeras(integer, dtype).quantized_bits
+    return quantizer(width, integer, symmetric=0, keep_negative=int(format.signed), alpha=1)
 
 
-def _is_computable(integer: int) -> bool:
-    """Whether QKeras can compute `2**integer` on int32."""
-    return 0 <= integer <= 30
+def _qkeras(integer: int, dtype: FloatType) -> Any:
+    """The module whose classes can compute `2**integer` in a type: QKeras, where that can, or `small`."""
+    import qkeras
+
+    if 0 <= integer <= 30 and dtype == "float32":
+        return qkeras
+    from hmq_fpga.deploy.qkeras import small
+
+    return small
 
 
-def _padding_name(op: Conv | DepthwiseConv, source: Shape) -> str | None:
+def _padding_mode(op: Conv | DepthwiseConv, source: Shape) -> str | None:
     """The name that Keras has for a convolution's padding, if any."""
     if not np.any(op.padding):
         return "valid"
     same = tuple(
         (total // 2, total - total // 2)
-        for n, k, s in zip(source, kernel_of(op), op.stride, strict=False)
+        for n, k, s in zip(source, op.kernel, op.stride, strict=False)
         for total in [max((-(-n // s) - 1) * s + k - n, 0)]
     )
     return "same" if op.padding == same else None
-
-
-@contextmanager
-def _floatx(dtype: FloatType) -> Iterator[Any]:
-    """Keras, with `dtype` as its default type, which QKeras's quantizers cast to; restored afterwards."""
-    keras = tensorflow().keras
-    before = keras.backend.floatx()
-    keras.backend.set_floatx(dtype)
-    try:
-        yield keras
-    finally:
-        keras.backend.set_floatx(before)
