@@ -28,6 +28,7 @@ _HOME = {
     "QNet": "hmq_fpga.ir.network:QNet",
     "run_reference": "hmq_fpga.ir.reference:run",
     "to_qkeras": "hmq_fpga.deploy.qkeras.model:to_qkeras",
+    "load_qkeras": "hmq_fpga.deploy.qkeras.model:load",
     "QKerasSimulator": "hmq_fpga.deploy.qkeras.model:QKerasSimulator",
     "HlsProject": "hmq_fpga.deploy.hls.project:HlsProject",
     "RtlProject": "hmq_fpga.deploy.rtl.project:RtlProject",

@@ -1,6 +1,7 @@
 """The command line: one function per verb.
 
-Exit codes: 0 success, 1 the result falls short, 2 bad input or a missing tool (one line: what, where, the remedy).
+Exit codes: 0 success, 1 the result falls short, 2 bad input or a missing tool (one line: what, where, the remedy),
+3 a tool failed (one line: at what, and where its log is).
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from hmq_fpga.deploy.parity import ParityError
+from hmq_fpga.deploy.settings import Estimate, Hardware, HlsBackend, IoType, Strategy
+from hmq_fpga.deploy.toolchain import ToolFailed
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.study import interrupt
 
@@ -30,10 +33,13 @@ def app() -> None:
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 folder = click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
-backend = click.option("--backend", type=click.Choice(["Vitis", "Vivado"]), help="hls4ml backend [Vitis].")
+backend = click.option("--backend", type=click.Choice(get_args(HlsBackend)), help="hls4ml backend [Vitis].")
 device = click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where to train and search [cpu].")
 parity_samples = click.option("--parity-samples", type=int, help="Test samples that back ends are compared on [all].")
-io_type = click.option("--io-type", type=click.Choice(["io_parallel", "io_stream"]), help="Style of the project.")
+estimate = click.option(
+    "--estimate", type=click.Choice(get_args(Estimate)), help="Resources without vendor tools [trace]."
+)
+io_type = click.option("--io-type", type=click.Choice(get_args(IoType)), help="Style of the project.")
 
 
 @app.command(epilog="Example: hmq-fpga run digits_mlp --rw 8")
@@ -55,12 +61,10 @@ io_type = click.option("--io-type", type=click.Choice(["io_parallel", "io_stream
 @click.option("--reuse-factor", type=int, help="Multiplications per multiplier, in all layers [1].")
 @click.option(
     "--strategy",
-    type=click.Choice(["Latency", "Resource", "distributed_arithmetic"]),
+    type=click.Choice(get_args(Strategy)),
     help="hls4ml's, in all layers [Latency].",
 )
-@click.option(
-    "--estimate", type=click.Choice(["trace", "model", "rtl", "none"]), help="Resources without vendor tools [trace]."
-)
+@estimate
 @parity_samples
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the run.")
 @as_json
@@ -70,7 +74,7 @@ def run(what: str, as_json: bool, **given: Any) -> int:
     An interrupted run goes on where it stopped; what is done and unchanged is not repeated.
     """
     from hmq_fpga.study.monitor import Bars, summary
-    from hmq_fpga.study.run.pipeline import load_config, make_config
+    from hmq_fpga.study.run.config import load_config, make_config
     from hmq_fpga.study.run.pipeline import run as run_all
 
     settings = {key: value for key, value in given.items() if value is not None}
@@ -90,11 +94,15 @@ def run(what: str, as_json: bool, **given: Any) -> int:
 @as_json
 def convert(source: Path, out: Path, as_json: bool, **given: Any) -> int:
     """Write the QKeras model and the hls4ml project of a QNet; needs no torch."""
+    from rich.text import Text
+
     from hmq_fpga.deploy.convert import convert_folder
 
-    net = convert_folder(source, out, **{key: value for key, value in given.items() if value is not None})
-    result = {"out": str(out), "qnet_digest": net.digest}
-    _print(result, as_json, lambda: f"wrote {out / 'qkeras'} and {out / 'hls'}")
+    chosen = {key: value for key, value in given.items() if value is not None}
+    net, left_out = convert_folder(source, out, Hardware(**chosen, estimate="none"))
+    result = {"out": str(out), "qnet_digest": net.digest, "left_out": left_out}
+    wrote = " and ".join(str(path) for path in sorted(out.iterdir()))
+    _print(result, as_json, lambda: Text("\n".join([f"wrote {wrote}", *left_out.values()])))
     return 0
 
 
@@ -141,9 +149,7 @@ class _Lists(click.Command):
 @click.option("--data", type=click.Path(path_type=Path), help="An .npz file, or a folder of such files.")
 @backend
 @io_type
-@click.option(
-    "--estimate", type=click.Choice(["trace", "model", "rtl", "none"]), help="Resources without vendor tools [trace]."
-)
+@estimate
 @click.option("--jobs", type=int, default=1, help="Processes of this machine, which share its cores [1].")
 @click.option("--cluster", "address", metavar="tcp://…", help="Scheduler of a Dask cluster in their place.")
 @parity_samples
@@ -289,11 +295,13 @@ def tasks(as_json: bool) -> int:
 @as_json
 def doctor(as_json: bool) -> int:
     """Say what is installed, what each missing tool would enable and how to get it."""
+    from rich.markup import escape
+
     from hmq_fpga.deploy.doctor import examine
     from hmq_fpga.study.monitor import table
 
     findings = examine()
-    rows = [(f.name, f.found or "missing", f.purpose, "" if f.found else f.remedy) for f in findings]
+    rows = [(f.name, f.found or "missing", f.purpose, "" if f.found else escape(f.remedy)) for f in findings]
     header = ("tool", "found", "needed to", "how to get it")
     _print([f.to_json() for f in findings], as_json, lambda: table(header, rows))
     return 0
@@ -328,6 +336,8 @@ def main() -> None:
         code = _fail(str(error), 2)
     except ParityError as error:
         code = _fail(str(error), 1)
+    except ToolFailed as error:
+        code = _fail(str(error), 3)
     except click.ClickException as error:
         code = _fail(f"{error.format_message()} (see --help)", 2)
     except (KeyboardInterrupt, click.Abort):

@@ -16,10 +16,12 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hmq_fpga.deploy.hls.project import HlsProject
 from hmq_fpga.deploy.parity import ParityError, check
 from hmq_fpga.deploy.qkeras.model import QKerasSimulator
-from hmq_fpga.deploy.rtl.project import NotUnrolled, RtlProject
+from hmq_fpga.deploy.rtl.project import RtlProject
+from hmq_fpga.deploy.rtl.trace import NotUnrolled
 from hmq_fpga.ir import reference
 from hmq_fpga.search.freeze import freeze, run_codes
 from hmq_fpga.study.data import channels_last
+from tests import outside
 from tests.models import Drawn, quantized_models
 
 DRAWS = 8  # of which the largest is taken
@@ -55,7 +57,9 @@ def compare(number: int, io_type: str) -> int:
     samples = channels_last(x.numpy())
     np.testing.assert_array_equal(run_codes(model, x, net.output_format), reference.run(net, samples))
     with tempfile.TemporaryDirectory() as folder:
-        simulators = [QKerasSimulator(net), HlsProject.create(net, Path(folder) / "hls", io_type=io_type)]
+        simulators = [HlsProject.create(net, Path(folder) / "hls", io_type=io_type)]
+        if outside.has_qkeras():
+            simulators.append(QKerasSimulator(net))
         try:
             simulators.append(RtlProject.create(net, Path(folder) / "rtl").interpreter())
         except NotUnrolled as refused:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -158,6 +159,8 @@ def summary(folder: Path, record: Mapping[str, Any]) -> Table:
             "accuracy", f"{metrics['qnet_accuracy']:.2%} on the test split (float {metrics['float_accuracy']:.2%})"
         )
     grid.add_row("parity", verdict(parity))
+    for line in parity.get("left_out", {}).values():
+        grid.add_row("left out", escape(line))
     asked = {name: layer["reuse_factor"] or config["reuse_factor"] for name, layer in config["layers"].items()}
     for name, factor in metrics.get("reuse_factors", {}).items():
         if factor != (wish := asked.get(name, config["reuse_factor"])):
@@ -182,7 +185,7 @@ def verdict(parity: Mapping[str, Any]) -> str:
 def resources_table(records: Sequence[Mapping[str, Any]]) -> Table:
     """All figures of `resources.json` entries; a blank is unknown."""
     keys = ("stage", "tool", "version", "part", "clock_ns", "lut", "ff", "dsp", "bram", "latency_cycles", "ii", "notes")
-    return table(keys, [["" if r[key] is None else str(r[key]) for key in keys] for r in records])
+    return table(keys, [["" if r[key] is None else escape(str(r[key])) for key in keys] for r in records])
 
 
 def _figures(resources: Mapping[str, Any]) -> str:

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from hmq_fpga import cli
+from hmq_fpga.deploy.toolchain import ToolFailed
+from tests import outside
 
 
 def call(monkeypatch, capsys, *arguments):
@@ -77,6 +79,11 @@ def bad_calls(tmp_path, data, own):
         ),
         "function with arguments": ([f"{own}:needy", "--data", data], "needy: fails: TypeError: needy() missing 1"),
         "foreign folder": (["digits_mlp", "--out", tmp_path / "thesis"], "holds 'thesis.tex' but no run"),
+        "line break in a path": (
+            ["digits_mlp", "--out", tmp_path / "a\nb"],
+            "no compiler takes a path with line breaks",
+        ),
+        "too long a name": (["digits_mlp", "--out", tmp_path / ("ü" * 130)], "a name of 260 bytes"),
         "no GPU": (["digits_mlp", "--device", "cuda"], "device 'cuda': PyTorch"),
         "not a number": (["digits_mlp", "--rw", "high"], "not a valid float"),
         "unknown option": (["digits_mlp", "--rate", "8"], "No such option"),
@@ -108,6 +115,11 @@ def bad_sweeps(tmp_path, data, own):
     (tmp_path / "thesis" / "thesis.tex").write_text("precious")
     return {
         "unknown task": (["digit_mlp"], "unknown task 'digit_mlp'"),
+        "line break in a path": (
+            ["digits_mlp", "--out", tmp_path / "a\nb"],
+            "no compiler takes a path with line breaks",
+        ),
+        "too long a name": (["digits_mlp", "--out", tmp_path / ("ü" * 130)], "a name of 260 bytes"),
         "no GPU": (["digits_mlp", "--device", "cuda"], "device 'cuda': PyTorch"),
         "not a number": (["digits_mlp", "--rw", "4", "high"], "'high' is not a valid float"),
         "no number": (["digits_mlp", "--seeds", "-1"], "No such option"),
@@ -132,6 +144,15 @@ def test_bad_sweep_is_one_line_and_writes_nothing(tmp_path, digits_file, own_mod
             assert message in err
             assert err.count("\n") == 1
             assert files(tmp_path) == before
+
+
+def test_a_tool_that_fails_is_one_line_and_has_its_own_exit_code(tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise ToolFailed("hls4ml dropped\nlayer 'fc1'")
+
+    monkeypatch.setattr("hmq_fpga.deploy.convert.convert_folder", fail)
+    code, out, err = call(monkeypatch, capsys, "convert", tmp_path, "--out", tmp_path / "out")
+    assert (code, out, err) == (3, "", "hmq-fpga: hls4ml dropped layer 'fc1'\n")
 
 
 def test_missing_compiler_is_found_before_any_work(tmp_path, monkeypatch, capsys):
@@ -177,7 +198,17 @@ def test_tasks_and_doctor_speak_json(monkeypatch, capsys):
     assert {"digits_mlp", "digits_cnn", "pendigits_mlp", "mnist_cnn"} <= set(json.loads(out))
     code, out, _ = call(monkeypatch, capsys, "doctor", "--json")
     assert code == 0
-    assert {"name", "found", "purpose", "remedy"} == set(json.loads(out)[0])
+    findings = {finding["name"]: finding for finding in json.loads(out)}
+    assert set(findings["qkeras"]) == {"name", "found", "purpose", "remedy"}
+    assert findings["qkeras"]["remedy"] == "pip install 'hmq-fpga[qkeras]'"
+    assert (findings["qkeras"]["found"] is not None) == outside.has_qkeras()  # by either of its packages
+
+
+def test_a_remedy_is_printed_as_it_is(monkeypatch, capsys):
+    """Brackets too, which are styles to the library that prints."""
+    monkeypatch.setattr("hmq_fpga.deploy.doctor.installed_version", lambda name: None)
+    _, out, _ = call(monkeypatch, capsys, "doctor")
+    assert "pip install 'hmq-fpga[qkeras]'" in out
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["doctor"], ["run", "--help"]])

@@ -1,6 +1,4 @@
 import io
-import os
-from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
@@ -13,6 +11,7 @@ from sklearn.utils import Bunch
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.study import data
 from hmq_fpga.study.data import Dataset
+from tests import outside
 
 CLASSES = np.arange(60) % 3
 
@@ -295,10 +294,6 @@ def test_real_targets_and_reconstruction(file):
         data.load_npz(file(y_train=with_value(np.nan)[:, 1:2], y_test=targets["y_test"][:, :1]))
 
 
-REAL = os.environ.get(data.DATA_VARIABLE)
-
-
-@pytest.mark.skipif(not REAL, reason="HMQ_FPGA_DATA names no folder with real data")
 @pytest.mark.parametrize(
     ("name", "shape", "sizes", "largest"),
     [
@@ -312,7 +307,7 @@ REAL = os.environ.get(data.DATA_VARIABLE)
     ],
 )
 def test_real_data(name, shape, sizes, largest):
-    dataset = data.load(name, Path(REAL))
+    dataset = data.load(name, outside.data(f"{name}.npz"))
     assert isinstance(dataset, Dataset)
     assert dataset.x_test.shape[1:] == shape
     assert (len(dataset.x_train) + len(dataset.x_val), len(dataset.x_test)) == sizes

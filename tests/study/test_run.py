@@ -17,9 +17,13 @@ from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.network import QNet
 from hmq_fpga.ir.scheme import Scheme
 from hmq_fpga.search.train import ignore
-from hmq_fpga.study.run.pipeline import make_config, run
+from hmq_fpga.study.run.config import make_config
+from hmq_fpga.study.run.pipeline import run
+from tests import outside
 
-STAGES = ("float", "search", "finetune", "freeze", "convert", "rtl", "parity")
+QKERAS = ("qkeras",) if outside.has_qkeras() else ()
+STAGES = ("float", "search", "finetune", "freeze", *QKERAS, "hls", "rtl", "parity")
+SIMULATORS = (*QKERAS, "csim", "trace")
 
 
 def command(folder, data, own, *more):
@@ -52,7 +56,7 @@ def undisturbed(tmp_path_factory, digits_file, own_model):
 
 def test_run_folder_is_what_the_contract_says(undisturbed):
     folder, record = undisturbed
-    for name in ("run.json", "scheme.json", "qnet", "qkeras", "hls/firmware/defines.h", "parity.json", "report.html"):
+    for name in ("run.json", "scheme.json", "qnet", *QKERAS, "hls/firmware/defines.h", "parity.json", "report.html"):
         assert (folder / name).exists(), name
     metrics = record["metrics"]
     assert metrics["float_accuracy"] > 0.85
@@ -62,7 +66,9 @@ def test_run_folder_is_what_the_contract_says(undisturbed):
     parity = json.loads((folder / "parity.json").read_text())
     assert parity["passed"]
     assert parity["samples"] == 200
-    for simulator in ("qkeras", "csim", "trace"):
+    assert list(parity["simulators"]) == list(SIMULATORS)
+    assert list(parity["left_out"]) == ([] if QKERAS else ["qkeras"])
+    for simulator in SIMULATORS:
         assert parity["simulators"][simulator]["values"] == 2000
         assert parity["simulators"][simulator]["mismatches"] == 0
         assert parity["simulators"][simulator]["accuracy"] == metrics["qnet_accuracy"]
@@ -144,7 +150,7 @@ def test_killed_in_every_stage_gives_the_same_network(undisturbed, digits_file, 
             killed.add(stage)
         process.kill()
         process.wait()
-    assert killed >= {"float", "search", "finetune", "convert", "parity"}  # the others pass in milliseconds
+    assert killed >= {"float", "search", "finetune", "hls", "parity"}  # the others pass in milliseconds
     finished = subprocess.run(command(folder, digits_file, own_model), capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     assert QNet.load(folder / "qnet").digest == QNet.load(undisturbed[0] / "qnet").digest
@@ -287,9 +293,9 @@ def test_several_outputs_are_a_regression_of_all_in_a_row(own_model, digits_file
     assert record["metrics"]["parity_passed"]
     parity = json.loads((tmp_path / "run" / "parity.json").read_text())
     values = {name: simulator["values"] for name, simulator in parity["simulators"].items()}
-    assert values == dict.fromkeys(("qkeras", "csim", "trace"), 150 * 3)
+    assert values == dict.fromkeys(SIMULATORS, 150 * 3)
     net = QNet.load(tmp_path / "run" / "qnet")
-    assert [net.shapes[op.name] for op in net.outputs] == [(1,), (2,)]
+    assert [net.shapes[name] for name in net.outputs] == [(1,), (2,)]
     with pytest.raises(InvalidInput, match=r"2 outputs and the data have classes: give real targets .*\(n, 3\)"):
         run(make_config({**task, **steps, "data": digits_file, "out": tmp_path / "classes"}), Quiet())
 

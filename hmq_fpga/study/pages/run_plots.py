@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -21,7 +22,7 @@ WIDTH = 5.4  # inches: 9-point text stays readable on a phone
 LONGEST = 28  # characters of a name
 COLOURS: Mapping[Kind, str] = {"weight": "#3b76c4", "activation": "#d9822b", "input": "#5b9a68"}
 INK = "#010203"  # stands for the text colour of the page
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,
@@ -109,7 +110,7 @@ def _curves(history: History, name: str, panels: Sequence[tuple[str, Mapping[str
 
 
 def _panel(axes: Axes, history: History, lines: Mapping[str, str]) -> None:
-    styles = {"rate_target": {"color": INK, "linestyle": "--", "linewidth": 0.9}}
+    styles: dict[str, dict[str, Any]] = {"rate_target": {"color": INK, "linestyle": "--", "linewidth": 0.9}}
     colours = iter(COLOURS.values())
     for key, label in lines.items():
         style = styles.get(key) or {"color": next(colours)}

@@ -102,7 +102,7 @@ def curves_figure(histories: Mapping[str, History]) -> Figure:
         grid = figure.subplots(lines, 2, sharex=True, squeeze=False)
         for axes in grid.flat[len(histories) :]:
             axes.set_visible(False)
-        styles = {
+        styles: dict[str, dict[str, Any]] = {
             "rate_target": {"color": INK, "linestyle": "--", "linewidth": 0.9, "label": "R_w asked for"},
             "rate_expected": {"color": PALETTE[0], "label": "expected"},
             "rate_actual": {"color": PALETTE[1], "label": "actual"},

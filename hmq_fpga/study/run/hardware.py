@@ -16,7 +16,6 @@ from hmq_fpga.ir.network import QNet
 from hmq_fpga.study.pages.run_page import write_page
 from hmq_fpga.study.run.stages import read_record, write_json
 
-ESTIMATES = "estimates.json"  # of the run itself
 SYNTHESIS = "synth"  # folder of what tools made later, one sub-folder per tool
 Said = Callable[[str], None]
 
@@ -81,7 +80,8 @@ def collect(folder: Path, source: Path | None) -> Outcome:
 
 def assemble(folder: Path) -> list[dict[str, Any]]:
     """Write `resources.json`: the run's estimates, and what tools found out about the same network."""
-    records: list[dict[str, Any]] = json.loads((folder / ESTIMATES).read_text())
+    stages = read_record(folder)["stages"].values()
+    records = [resources for stage in stages for resources in stage.get("metrics", {}).get("resources", [])]
     digest = QNet.load(folder / "qnet").digest
     for path in sorted((folder / SYNTHESIS).glob("*.json")):
         found = json.loads(path.read_text())

@@ -8,21 +8,18 @@ import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
-from hmq_fpga.deploy.convert import convert
-from hmq_fpga.deploy.hls.project import DEFAULT_PART, HlsProject, LayerSettings, check_settings
-from hmq_fpga.deploy.parity import Parity, Simulator, check
-from hmq_fpga.deploy.qkeras.model import QKerasSimulator
-from hmq_fpga.deploy.report import Resources
+from hmq_fpga.deploy.backends import HLS, Backend, split_by_installed
+from hmq_fpga.deploy.doctor import installed_version
+from hmq_fpga.deploy.parity import Parity, check
+from hmq_fpga.deploy.settings import Hardware
 from hmq_fpga.deploy.toolchain import GXX
 from hmq_fpga.ir import cost, reference
 from hmq_fpga.ir.errors import InvalidInput
@@ -38,118 +35,13 @@ from hmq_fpga.search.train import Listener, finetune, fit, predict
 from hmq_fpga.search.zeros import ZeroPull, widen_thresholds
 from hmq_fpga.study.data import Dataset, channels_last
 from hmq_fpga.study.pages import run_page as page
-from hmq_fpga.study.run.hardware import ESTIMATES, assemble
+from hmq_fpga.study.run.config import RunConfig, make_config
+from hmq_fpga.study.run.hardware import assemble
 from hmq_fpga.study.run.stages import RunFolder, Stage, check_ours, read_record, write_json
 from hmq_fpga.study.tasks import Task, resolve, training_task
 from hmq_fpga.study.workers import cores
 
 LAYERS = "layers.json"  # what the model is made of
-
-
-class RunConfig(BaseModel):
-    """What to run; the content of a `CONFIG.yaml`.
-
-    Attributes:
-        task: a name that `hmq-fpga tasks` lists, or `FILE.py:FUNCTION`.
-        rw, ra: targets R_w and R_a.
-        bits: bit-widths that a weight may get.
-        tensor_bits: the same for single weights, by name (`conv1.weight`) or pattern (`*.weight`); of the input and of
-            activations the largest is an upper bound.
-        max_act_bits: upper bound on the bit-width of activations.
-        method, options: search method and its options.
-        zeros: share of zero weights to aim for, by larger thresholds and an L1 penalty while fine-tuning.
-        seed: of initial weights, batches and noise.
-        device: where to train and search.
-        data: file or folder in place of the task's own source.
-        weights: file with the state dict of a model that is trained already: no float training unless `float_steps`
-            says so.
-        float_steps, search_steps, finetune_steps: optimizer steps in place of the task's; `float_steps: 0` takes the
-            model as the function returns it.
-        backend, io_type, part, clock_ns, reuse_factor, strategy: of the hls4ml project.
-        layers: reuse factor and strategy of single layers, by name.
-        latency_cutoff: of the Verilog: most delay between two registers, in ns of the tracer's own delay model; 0: no
-            registers.
-        estimate: resources without vendor tools. `trace`: Verilog, and its tracer's own figures; `rtl`: also
-            simulated by Verilator and synthesized by Yosys; `model`: LUTs by a fitted formula, no Verilog, which
-            is also what a network gets that is too large to unroll; `none`.
-        parity_samples: the first of the test split, whose parity is proven; by default the task's, which are all but
-            for residual networks.
-        out: the run's folder.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    task: str
-    rw: float = 8.0
-    ra: float = 4.0
-    bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
-    tensor_bits: dict[str, tuple[int, ...]] = Field(default_factory=dict)
-    max_act_bits: int = 8
-    method: str = "hmq"
-    options: dict[str, Any] = Field(default_factory=dict)
-    zeros: float | None = Field(None, gt=0, lt=1)
-    seed: int = Field(0, ge=0)
-    device: Literal["cpu", "cuda"] = "cpu"
-    data: Path | None = None
-    weights: Path | None = None
-    float_steps: int | None = Field(None, ge=0)
-    search_steps: int | None = Field(None, ge=1)
-    finetune_steps: int | None = Field(None, ge=1)
-    backend: Literal["Vitis", "Vivado"] = "Vitis"
-    io_type: Literal["io_parallel", "io_stream"] | None = None
-    part: str = DEFAULT_PART
-    clock_ns: float = Field(5.0, gt=0)
-    reuse_factor: int = Field(1, ge=1)
-    strategy: Literal["Latency", "Resource", "distributed_arithmetic"] = "Latency"
-    layers: dict[str, LayerSettings] = Field(default_factory=dict)
-    latency_cutoff: float = Field(5.0, ge=0)
-    estimate: Literal["trace", "model", "rtl", "none"] = "trace"
-    parity_samples: int | None = Field(None, ge=1)
-    out: Path | None = None
-
-    @property
-    def folder(self) -> Path:
-        """The run's folder."""
-        name = Path(self.task.rpartition(":")[0]).stem if ":" in self.task else self.task
-        return self.out or Path("hls_projects") / name / f"{self.method}-rw{self.rw:g}-seed{self.seed}"
-
-
-def load_config(path: Path, overrides: Mapping[str, Any]) -> RunConfig:
-    """A `CONFIG.yaml`, with settings from elsewhere on top.
-
-    Raises:
-        InvalidInput: when it cannot be read, or naming the setting that is wrong.
-    """
-    return make_config({**read_settings(path), **overrides})
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """The content of a `CONFIG.yaml`, unchecked.
-
-    Raises:
-        InvalidInput: when it cannot be read.
-    """
-    try:
-        settings = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise InvalidInput(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(settings, dict):
-        raise InvalidInput(f"{path}: must hold settings such as 'task: digits_mlp'")
-    return settings
-
-
-def make_config(settings: Mapping[str, Any]) -> RunConfig:
-    """A checked configuration.
-
-    Raises:
-        InvalidInput: naming the setting that is wrong.
-    """
-    try:
-        return RunConfig(**settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InvalidInput(f"setting {where!r}: {first['msg']} (got {first['input']!r})") from error
 
 
 class Monitor(Protocol):
@@ -223,14 +115,8 @@ class _Run:
         if config.weights is not None:
             steps = {"float_steps": 0, **steps}
         self.budget = replace(task.budget, **steps)
-        self.io_type = config.io_type or task.io_type
-        self.project: dict[str, Any] = {
-            "backend": config.backend,
-            "io_type": self.io_type,
-            "reuse_factor": config.reuse_factor,
-            "strategy": config.strategy,
-            "layers": config.layers,
-        }
+        self.hardware = config.hardware(task.io_type)
+        self.backends, self.left_out = split_by_installed()
         self.batch_size, self.source = task.batch_size, task.source
         require_device(config.device)
         self.training = training_task(dataset, task.batch_size, config.device)
@@ -243,7 +129,9 @@ class _Run:
         """Find what cannot be before anything is trained; the current float model with its sites."""
         model = self.instrumented()
         check_output(self.config.task, model, self.dataset)
-        check_settings(outline(model), **self.project)
+        net = outline(model)
+        for backend in self.backends:
+            backend.check(net, self.hardware)
         return model
 
     def instrumented(self) -> QModel:
@@ -257,6 +145,8 @@ class _Run:
         with self.opened(patience_s) as folder:
             for stage in self.stages():
                 self.do(folder, stage, shared)
+            folder.record["left_out"] = self.left_out_so_far()
+            folder.save()
             assemble(self.folder)
             page.write_page(self.folder)
             return folder.record
@@ -272,8 +162,12 @@ class _Run:
         with folder.opened(patience_s=patience_s):
             folder.record |= {
                 "config": self.config.model_dump(mode="json", exclude={"out"}),
-                "resolved": {"budget": asdict(self.budget), "io_type": self.io_type, "batch_size": self.batch_size},
-                "versions": versions(),
+                "resolved": {
+                    "budget": asdict(self.budget),
+                    "io_type": self.hardware.io_type,
+                    "batch_size": self.batch_size,
+                },
+                "versions": versions("torch", "numpy", *(name for b in self.backends for name in b.packages)),
                 "seed": self.config.seed,
             }
             folder.save()
@@ -299,9 +193,7 @@ class _Run:
             "steps": budget.search_steps,
             "learning_rate": budget.learning_rate,
         }
-        hardware = {
-            key: getattr(config, key) for key in ("backend", "part", "clock_ns", "reuse_factor", "strategy")
-        } | {"io_type": self.io_type, "layers": {name: asdict(s) for name, s in config.layers.items()}}
+        trained = versions("torch", "numpy")
         return [
             Stage(
                 name="float",
@@ -310,6 +202,7 @@ class _Run:
                 | {"steps": budget.float_steps, "learning_rate": budget.float_learning_rate},
                 needs=(),
                 makes=("float.pt",),
+                versions=trained,
                 work=self.train_float,
             ),
             Stage(
@@ -317,6 +210,7 @@ class _Run:
                 settings=data | searching,
                 needs=("float",),
                 makes=("search.pt", "scheme.json", "search.json"),
+                versions=trained,
                 work=self.search,
             ),
             Stage(
@@ -325,33 +219,41 @@ class _Run:
                 | {"steps": budget.finetune_steps, "learning_rate": budget.learning_rate, "zeros": config.zeros},
                 needs=("search",),
                 makes=("finetune.pt", "finetune.json"),
+                versions=trained,
                 work=self.finetune,
             ),
-            Stage(name="freeze", settings={}, needs=("search", "finetune"), makes=("qnet", LAYERS), work=self.freeze),
             Stage(
-                name="convert",
-                settings=hardware | {"samples": len(self.proven.x_test)},
-                needs=("freeze",),
-                makes=("qkeras", "hls"),
-                witnesses=("qkeras", "hls/firmware", "hls/tb_data"),
-                work=self.convert,
+                name="freeze",
+                settings={},
+                needs=("search", "finetune"),
+                makes=("qnet", LAYERS),
+                versions=trained,
+                work=self.freeze,
             ),
-            Stage(
-                name="rtl",
-                settings={key: getattr(config, key) for key in ("estimate", "part", "clock_ns", "latency_cutoff")},
-                needs=("freeze",),
-                makes=(ESTIMATES,),
-                may_make=("rtl",),
-                work=self.rtl,
-            ),
+            *map(self.backend_stage, self.backends),
             Stage(
                 name="parity",
                 settings={"data": self.dataset.digest, "estimate": config.estimate, "samples": len(self.proven.x_test)},
-                needs=("float", "convert", "rtl"),
+                needs=("float", "freeze", *(backend.name for backend in self.backends)),
                 makes=("parity.json",),
+                versions=versions("numpy"),
                 work=self.parity,
             ),
         ]
+
+    def backend_stage(self, backend: Backend) -> Stage:
+        chosen = {**asdict(self.hardware), "samples": len(self.proven.x_test)}
+        own = (backend.name,)
+        return Stage(
+            name=backend.name,
+            settings={name: value for name, value in chosen.items() if name in backend.settings},
+            needs=("freeze",),
+            makes=() if backend.optional else own,
+            may_make=own if backend.optional else (),
+            witnesses=backend.witnesses,
+            versions=versions(*backend.packages),
+            work=partial(self.build, backend),
+        )
 
     def train_float(self, new: Path) -> dict[str, Any]:
         budget = self.budget
@@ -436,20 +338,21 @@ class _Run:
             "zero_weights": float(np.mean(np.concatenate([op.weight.ravel() for op in net.linears]) == 0)),
         }
 
-    def convert(self, new: Path) -> dict[str, Any]:
-        project = convert(
-            QNet.load(self.folder / "qnet"),
-            new,
-            samples=channels_last(self.proven.x_test),
-            part=self.config.part,
-            clock_ns=self.config.clock_ns,
-            **self.project,
-        )
-        return {"reuse_factors": dict(project.reuse_factors)}
+    def build(self, backend: Backend, new: Path) -> dict[str, Any]:
+        net, samples = QNet.load(self.folder / "qnet"), channels_last(self.proven.x_test)
+        made = backend.create(net, new, self.hardware, samples)
+        told = {"resources": [resources.to_json() for resources in made.resources], "left_out": made.left_out}
+        return {**made.metrics, **told}
+
+    def left_out_so_far(self) -> dict[str, str]:
+        """Why there is nothing of a back end, by its name."""
+        made = read_record(self.folder)["stages"]
+        refused = {name: line for name, stage in made.items() if (line := stage.get("metrics", {}).get("left_out"))}
+        return self.left_out | refused
 
     def parity(self, new: Path) -> dict[str, Any]:
-        parity = compare(self.folder, self.proven, verilog=self.config.estimate == "rtl")
-        write_json(new / "parity.json", parity.to_json())
+        parity = compare(self.folder, self.proven, self.hardware)
+        write_json(new / "parity.json", {**parity.to_json(), "left_out": self.left_out_so_far()})
         dataset = self.dataset
         _load(self.model, self.folder / "float.pt")
         self.model.eval()
@@ -462,46 +365,17 @@ class _Run:
             "parity_passed": parity.passed,
         }
 
-    def rtl(self, new: Path) -> dict[str, Any]:
-        config, net = self.config, QNet.load(self.folder / "qnet")
-        resources: list[Resources] = []
-        if config.estimate != "none":
-            from hmq_fpga.deploy.rtl import estimate as model_estimate
-            from hmq_fpga.deploy.rtl import project as rtl
 
-            resources.append(model_estimate.estimate(net))
-            try:
-                if config.estimate != "model":
-                    project = rtl.RtlProject.create(
-                        net,
-                        new / "rtl",
-                        latency_cutoff=config.latency_cutoff or None,
-                        part=config.part,
-                        clock_ns=config.clock_ns,
-                    )
-                    resources.append(project.trace_resources())
-                    if config.estimate == "rtl":
-                        resources.append(project.synthesize())
-            except rtl.NotUnrolled as refused:
-                resources = [replace(formula, notes=f"{formula.notes}; no RTL: {refused}") for formula in resources]
-        write_json(new / ESTIMATES, [r.to_json() for r in resources])
-        return {}
-
-
-def compare(folder: Path, dataset: Dataset, *, verilog: bool = False) -> Parity:
-    """Parity of all back ends of a run's folder with its golden model, on a test split.
-
-    The RTL, where there is some, runs in its tracer's interpreter, and with `verilog` as Verilog too.
-    """
+def compare(folder: Path, dataset: Dataset, hardware: Hardware) -> Parity:
+    """Parity of all back ends that are there with the golden model of a run, on a test split."""
     net = QNet.load(folder / "qnet")
-    simulators: list[Simulator] = [QKerasSimulator(net), HlsProject.load(folder / "hls")]
-    if (folder / "rtl").is_dir():
-        from hmq_fpga.deploy.rtl.project import RtlProject
-
-        project = RtlProject.load(net, folder / "rtl")
-        simulators.append(project.interpreter())
-        if verilog:
-            simulators.append(project.simulator())
+    installed, _ = split_by_installed()
+    simulators = [
+        simulator
+        for backend in installed
+        if (folder / backend.name).is_dir()
+        for simulator in backend.simulators(net, folder, hardware)
+    ]
     return check(net, simulators, channels_last(dataset.x_test), dataset.classes_test)
 
 
@@ -512,14 +386,14 @@ def compare_again(folder: Path, data: Path | None = None) -> Parity:
         InvalidInput: when `folder` is not a finished run, or the data do not fit its network.
     """
     record = read_record(folder)
-    if record["stages"].get("convert", {}).get("state") != "done":
+    if record["stages"].get(HLS.name, {}).get("state") != "done":
         raise InvalidInput(f"{folder}: its project was not finished; run it again first")
     config = make_config(record["config"])
     task = resolve(config.task)
     dataset = task.load(data or config.data)
     if data is None:
         dataset = _proven(config, task, dataset)
-    return compare(folder, dataset, verilog=config.estimate == "rtl")
+    return compare(folder, dataset, config.hardware(task.io_type))
 
 
 def _proven(config: RunConfig, task: Task, dataset: Dataset) -> Dataset:
@@ -585,7 +459,7 @@ def _metrics(record: Mapping[str, Any]) -> dict[str, Any]:
     stages = {name: s for name, s in record["stages"].items() if s["state"] == "done"}
     merged: dict[str, Any] = {}
     for stage in stages.values():
-        merged |= stage["metrics"]
+        merged |= {key: value for key, value in stage["metrics"].items() if key not in ("resources", "left_out")}
     return merged | {"seconds": {name: stage["seconds"] for name, stage in stages.items()}}
 
 
@@ -606,7 +480,10 @@ def _digest(module: nn.Module) -> str:
     return sha.hexdigest()
 
 
-def versions() -> dict[str, str]:
-    """Versions of what decides a result."""
-    names = ("hmq-fpga", "torch", "numpy", "hls4ml", "qkeras", "tensorflow")
-    return {"python": platform.python_version()} | {name: version(name) for name in names}
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of Python, of this package and of others, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for name in ("hmq-fpga", *packages):
+        if known := installed_version(name):
+            found[name] = known
+    return found

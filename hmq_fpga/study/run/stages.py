@@ -14,13 +14,14 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from hmq_fpga.ir.errors import InvalidInput
+from hmq_fpga.ir.files import check_path
 
 RECORD = "run.json"
 FORMAT = "hmq-fpga run, version 1"
@@ -37,6 +38,7 @@ class Stage:
         makes: files and folders that it writes, relative to the run's folder.
         may_make: more of them, which the stage decides about.
         witnesses: the part of them that is checked for changes, where others may add to a folder.
+        versions: of the packages that decide its outputs.
         work: writes them into the folder that it is given, and returns metrics.
     """
 
@@ -46,6 +48,7 @@ class Stage:
     makes: tuple[str, ...]
     may_make: tuple[str, ...] = ()
     witnesses: tuple[str, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
     work: Callable[[Path], Mapping[str, Any]]
 
 
@@ -113,6 +116,7 @@ class RunFolder:
             "state": "done",
             "outputs": self._output_digests(stage),
             "seconds": round(time.perf_counter() - started, 3),
+            "versions": dict(stage.versions),
             "metrics": dict(metrics),
         }
         self.save()
@@ -120,14 +124,16 @@ class RunFolder:
 
     def _input_digest(self, stage: Stage) -> str:
         stages = self.record["stages"]
-        inputs = {"settings": stage.settings, "needs": {name: stages[name]["outputs"] for name in stage.needs}}
+        needs = {name: stages[name]["outputs"] for name in stage.needs}
+        inputs = {"settings": stage.settings, "versions": stage.versions, "needs": needs}
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
     def _output_digests(self, stage: Stage) -> dict[str, str] | None:
-        names = stage.witnesses or stage.makes
-        if not all((self.path / name).exists() for name in (*stage.makes, *names)):
+        """Of what it made; None where something is missing that cannot be."""
+        if not all((self.path / name).exists() for name in stage.makes):
             return None
-        return {name: digest_of(self.path / name) for name in names}
+        names = stage.witnesses or stage.makes + stage.may_make
+        return {name: digest_of(self.path / name) if (self.path / name).exists() else "" for name in names}
 
 
 def _copied(stage: Stage, inputs: str, shared: Path, new: Path) -> Mapping[str, Any] | None:
@@ -147,6 +153,7 @@ def _copied(stage: Stage, inputs: str, shared: Path, new: Path) -> Mapping[str, 
 
 def check_ours(path: Path, record: str = RECORD, what: str = "run") -> None:
     """Raise `InvalidInput` unless `path` is not there, empty, or the folder of a run, or of what else has a record."""
+    check_path(path)
     if path.exists() and not path.is_dir():
         raise InvalidInput(f"{path}: is a file; give a folder with --out")
     if path.is_dir() and not (path / record).exists():

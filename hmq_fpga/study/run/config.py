@@ -1,0 +1,125 @@
+"""What to run, checked: the content of a `CONFIG.yaml`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hmq_fpga.deploy.settings import DEFAULT_PART, Estimate, Hardware, HlsBackend, IoType, LayerSettings, Strategy
+from hmq_fpga.ir.errors import InvalidInput
+
+
+class RunConfig(BaseModel):
+    """What to run; the content of a `CONFIG.yaml`.
+
+    Attributes:
+        task: a name that `hmq-fpga tasks` lists, or `FILE.py:FUNCTION`.
+        rw, ra: targets R_w and R_a.
+        bits: bit-widths that a weight may get.
+        tensor_bits: the same for single weights, by name (`conv1.weight`) or pattern (`*.weight`); of the input and of
+            activations the largest is an upper bound.
+        max_act_bits: upper bound on the bit-width of activations.
+        method, options: search method and its options.
+        zeros: share of zero weights to aim for, by larger thresholds and an L1 penalty while fine-tuning.
+        seed: of initial weights, batches and noise.
+        device: where to train and search.
+        data: file or folder in place of the task's own source.
+        weights: file with the state dict of a model that is trained already: no float training unless `float_steps`
+            says so.
+        float_steps, search_steps, finetune_steps: optimizer steps in place of the task's; `float_steps: 0` takes the
+            model as the function returns it.
+        backend, io_type, part, clock_ns, reuse_factor, strategy: of the hls4ml project.
+        layers: reuse factor and strategy of single layers, by name.
+        latency_cutoff: of the Verilog: most delay between two registers, in ns of the tracer's own delay model; 0: no
+            registers.
+        estimate: resources without vendor tools. `trace`: Verilog, and its tracer's own figures; `rtl`: also
+            simulated by Verilator and synthesized by Yosys; `model`: LUTs by a fitted formula, no Verilog, which
+            is also what a network gets that is too large to unroll; `none`.
+        parity_samples: the first of the test split, whose parity is proven; by default the task's, which are all but
+            for residual networks.
+        out: the run's folder.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    task: str
+    rw: float = 8.0
+    ra: float = 4.0
+    bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
+    tensor_bits: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+    max_act_bits: int = 8
+    method: str = "hmq"
+    options: dict[str, Any] = Field(default_factory=dict)
+    zeros: float | None = Field(default=None, gt=0, lt=1)
+    seed: int = Field(default=0, ge=0)
+    device: Literal["cpu", "cuda"] = "cpu"
+    data: Path | None = None
+    weights: Path | None = None
+    float_steps: int | None = Field(default=None, ge=0)
+    search_steps: int | None = Field(default=None, ge=1)
+    finetune_steps: int | None = Field(default=None, ge=1)
+    backend: HlsBackend = "Vitis"
+    io_type: IoType | None = None
+    part: str = DEFAULT_PART
+    clock_ns: float = Field(default=5.0, gt=0)
+    reuse_factor: int = Field(default=1, ge=1)
+    strategy: Strategy = "Latency"
+    layers: dict[str, LayerSettings] = Field(default_factory=dict)
+    latency_cutoff: float = Field(default=5.0, ge=0)
+    estimate: Estimate = "trace"
+    parity_samples: int | None = Field(default=None, ge=1)
+    out: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        name = Path(self.task.rpartition(":")[0]).stem if ":" in self.task else self.task
+        return self.out or Path("hls_projects") / name / f"{self.method}-rw{self.rw:g}-seed{self.seed}"
+
+    def hardware(self, io_type: IoType) -> Hardware:
+        """What was chosen about hardware; `io_type` is the task's, where none was."""
+        names = [field.name for field in fields(Hardware)]
+        return Hardware(**{name: getattr(self, name) for name in names} | {"io_type": self.io_type or io_type})
+
+
+def load_config(path: Path, overrides: Mapping[str, Any]) -> RunConfig:
+    """A `CONFIG.yaml`, with settings from elsewhere on top.
+
+    Raises:
+        InvalidInput: when it cannot be read, or naming the setting that is wrong.
+    """
+    return make_config({**read_settings(path), **overrides})
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The content of a `CONFIG.yaml`, unchecked.
+
+    Raises:
+        InvalidInput: when it cannot be read.
+    """
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise InvalidInput(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise InvalidInput(f"{path}: must hold settings such as 'task: digits_mlp'")
+    return settings
+
+
+def make_config(settings: Mapping[str, Any]) -> RunConfig:
+    """A checked configuration.
+
+    Raises:
+        InvalidInput: naming the setting that is wrong.
+    """
+    try:
+        return RunConfig(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InvalidInput(f"setting {where!r}: {first['msg']} (got {first['input']!r})") from error
