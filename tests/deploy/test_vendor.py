@@ -1,5 +1,6 @@
 """The vendor's tools by a stand-in on PATH, on a project that hls4ml wrote."""
 
+import contextlib
 import re
 import shlex
 import shutil
@@ -14,7 +15,7 @@ import pytest
 from vendor_texts import Figures, timing_text, utilization_text
 
 from hmq_fpga.deploy import toolchain
-from hmq_fpga.deploy.hls.project import HlsProject
+from hmq_fpga.deploy.hls.project import RECORD, HlsProject
 from hmq_fpga.deploy.parity import check
 from hmq_fpga.deploy.report import Resources
 from hmq_fpga.deploy.toolchain import ToolMissing
@@ -124,6 +125,14 @@ def test_part_and_clock_instead_of_the_project_s(vitis, mlp, tools, tmp_path):
     assert Target.of(vitis.folder).part == "xcvu13p-flga2577-2-e"
 
 
+def assert_ended(pid: str) -> None:
+    """A process that was killed is gone soon, or waits for its parent to hear of it."""
+    stat, deadline = Path("/proc") / pid / "stat", time.monotonic() + 20
+    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline, "the tool's child lives on"
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize(
     ("scenario", "good", "failure"),
     [
@@ -152,8 +161,7 @@ def test_failures(scenario, good, failure, vitis, mlp, tools, tmp_path, monkeypa
     assert outcome.folder == tmp_path / "out.failed"
     if scenario == "hang":
         pid = (outcome.folder / "child.pid").read_text()
-        stat = Path("/proc") / pid / "stat"
-        assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+        assert_ended(pid)
     # the last good reports are still there
     assert examine(tmp_path / "out", mlp, ["csim", "csynth", "cosim", "vsynth"]) == before
 
@@ -187,10 +195,7 @@ def test_ctrl_c_leaves_nothing_running_and_the_last_good_run(vitis, mlp, tools, 
     with pytest.raises(KeyboardInterrupt):
         synthesize(vitis, mlp, tmp_path / "out", vendor="vitis", cosim=True, on_step=on_step)
     pid = (tmp_path / "out.failed" / "child.pid").read_text()
-    stat, deadline = Path("/proc") / pid / "stat", time.monotonic() + 20
-    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
-        assert time.monotonic() < deadline, "the tool's child lives on"
-        time.sleep(0.05)
+    assert_ended(pid)
     assert examine(tmp_path / "out", mlp, ["csynth"]) == before
 
 
@@ -421,6 +426,22 @@ def test_pack_run_and_collect(vendor, request, mlp, tools, tmp_path):
     (work / "exit_code").unlink()  # as after a run by hand
     assert collect(mlp, work, tmp_path / "unused").records == here.records
     assert not (tmp_path / "unused").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Python 3.14 will:DeprecationWarning")
+@pytest.mark.parametrize("old_python", [False, True])
+def test_nothing_is_unpacked_outside_the_folder(old_python, vitis, mlp, tmp_path, monkeypatch):
+    """Python before 3.10.12 and 3.11.4 has no filter for it."""
+    if old_python:
+        monkeypatch.delattr(tarfile, "data_filter")
+    with tarfile.open(tmp_path / "results.tar.gz", "w:gz") as tar:
+        for path in sorted(vitis.folder.iterdir()):
+            tar.add(path, path.name)
+        tar.add(vitis.folder / RECORD, "../outside")
+    with contextlib.suppress(InvalidInput):  # the filter refuses the whole archive
+        collect(mlp, tmp_path / "results.tar.gz", tmp_path / "collected")
+    assert (tmp_path / "collected.failed" / RECORD).exists()
+    assert not (tmp_path / "outside").exists()
 
 
 def test_failure_elsewhere(vitis, mlp, cnn, tools, tmp_path, monkeypatch):

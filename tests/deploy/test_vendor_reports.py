@@ -1,5 +1,4 @@
 import importlib.util
-import os
 import shutil
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from hmq_fpga.deploy.report import Resources
 from hmq_fpga.deploy.toolchain import ToolFailed
 from hmq_fpga.deploy.vendor.reports import read_cosim, read_csynth, read_vivado
 from hmq_fpga.ir.errors import InvalidInput
+from tests import outside
 
 TOP = "myproject"
 CSYNTH = Resources(stage="csynth", tool="Vitis HLS", version="2024.1", part="xcvu13p-flga2577-2-e", clock_ns=5.0)
@@ -343,10 +343,7 @@ def test_a_design_without_a_clock_has_no_timing(tmp_path):
 
 @pytest.fixture(scope="module")
 def real() -> Path:
-    folder = Path(os.environ.get("HMQ_FPGA_REPORTS") or Path(__file__).parents[3] / "shared" / "reports")
-    if not folder.is_dir():
-        pytest.skip("the reports of real runs are not here: set HMQ_FPGA_REPORTS to their folder")
-    return folder
+    return outside.reports(".")
 
 
 PROJECT = "myproject_prj/solution1"

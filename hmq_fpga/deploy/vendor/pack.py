@@ -86,10 +86,20 @@ def collect(net: QNet, source: Path, folder: Path) -> Outcome:
     shutil.rmtree(attempt, ignore_errors=True)
     try:
         with tarfile.open(source) as tar:
-            tar.extractall(attempt, filter="data")
+            _unpack(tar, attempt)
     except (OSError, EOFError, tarfile.TarError) as error:
         raise InvalidInput(f"{source}: not a readable archive of results: {error}; copy it again") from error
     return settle(_read(net, attempt), folder)
+
+
+def _unpack(tar: tarfile.TarFile, folder: Path) -> None:
+    """Write an archive's files into a folder and nothing outside it."""
+    if hasattr(tarfile, "data_filter"):
+        tar.extractall(folder, filter="data")
+        return
+    # Python before 3.10.12 and 3.11.4, as in Debian 12: files only, no links, which could lead elsewhere.
+    inside = [m for m in tar if m.isfile() and (folder / m.name).resolve().is_relative_to(folder.resolve())]
+    tar.extractall(folder, members=inside)
 
 
 def _read(net: QNet, folder: Path) -> Outcome:

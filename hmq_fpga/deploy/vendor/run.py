@@ -261,7 +261,7 @@ def examine(folder: Path, net: QNet, steps: Sequence[Step], failure: str | None 
             record = reader()
             _check_target(report, record, target)
             records.append(record)
-        except InvalidInput as error:
+        except (InvalidInput, ToolFailed) as error:
             failures.append(str(error))
 
     csynth, cosim, vsynth = (folder / OUTPUTS[step].format(top=target.top) for step in ("csynth", "cosim", "vsynth"))
@@ -283,7 +283,7 @@ def examine(folder: Path, net: QNet, steps: Sequence[Step], failure: str | None 
         try:
             parity = check(net, simulators, read_inputs(folder, project))
             parity.raise_for_mismatch()
-        except (InvalidInput, ParityError) as error:
+        except (InvalidInput, ToolFailed, ParityError) as error:
             failures.append(str(error))
     return Outcome(folder=folder, records=tuple(records), parity=parity, failures=tuple(failures))
 
