@@ -239,11 +239,12 @@ def randomly_formatted(model: QModel, seed: int, *, bits: tuple[int, int], thres
     """The model with a random scheme, in which most thresholds fit the weights."""
     rng = np.random.default_rng(seed)
     formats = {}
+    layers = {node.name: layer for node, layer in zip(model.nodes, model.layers, strict=True)}
     for site in model.sites:
         width = int(rng.integers(*bits, endpoint=True))
         near = max(-3, thresholds[0]), min(2, thresholds[1])
         m = int(rng.integers(*(near if rng.integers(3) else thresholds), endpoint=True))
-        layer = model.layer(site.name) if site.kind == "activation" else None
+        layer = layers.get(site.name) if site.kind == "activation" else None
         if layer is not None and layer.limit_log2 is not None:
             m = min(m, layer.limit_log2)
         formats[site.name] = Fixed.from_threshold(signed=site.signed, bits=width, threshold_log2=m)

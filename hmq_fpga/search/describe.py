@@ -50,11 +50,11 @@ def describe(model: QModel) -> list[LayerRow]:
             name=node.name,
             shape=node.shape,
             parameters=sum(p.numel() for p in layer.parameters()) if isinstance(layer, LINEAR_LAYERS) else 0,
-            weight_bits=weight and weight.width,
-            weight_threshold_log2=weight and weight.threshold_log2,
+            weight_bits=weight.width if weight else None,
+            weight_threshold_log2=weight.threshold_log2 if weight else None,
             weight_share=sizes[weight_site(node.name)] * weight.width / memory if weight else None,
-            activation_bits=result and result.width,
-            activation_threshold_log2=result and result.threshold_log2,
+            activation_bits=result.width if result else None,
+            activation_threshold_log2=result.threshold_log2 if result else None,
         )
 
     return [row(node, layer) for node, layer in zip(model.nodes, model.layers, strict=True)]

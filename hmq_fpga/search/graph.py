@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hmq_fpga.ir.cost import Step, moments
+from hmq_fpga.ir.cost import Holds, Step, moments
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.ir.scheme import Kind, Scheme
@@ -180,6 +180,13 @@ def weight_site(layer: str) -> str:
     return f"{layer}.weight"
 
 
+def _tensor(parameter: Tensor | None) -> Tensor:
+    """A parameter that `instrument` made sure is there."""
+    if parameter is None:
+        raise AssertionError("every linear layer has a bias")
+    return parameter
+
+
 def _bias(layer: str) -> str:
     return f"{layer}.bias"
 
@@ -200,7 +207,8 @@ def _linear(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor
             channels = (-1, *(1,) * (x.ndim - 2))
             return x * weight.view(channels) + bias.view(channels)
         case _:
-            return layer._conv_forward(x, weight, bias)  # type: ignore[operator]
+            convolved: Tensor = layer._conv_forward(x, weight, bias)  # type: ignore[operator]
+            return convolved
 
 
 class QModel(nn.Module):
@@ -261,11 +269,11 @@ class QModel(nn.Module):
     @property
     def weights(self) -> dict[str, Tensor]:
         """Weights by site name, in network order."""
-        return {name: layer.weight for name, _, layer in self._linears}
+        return {name: _tensor(layer.weight) for name, _, layer in self._linears}
 
     @property
     def _parameters_by_site(self) -> dict[str, Tensor]:
-        return self.weights | {name: layer.bias for _, name, layer in self._linears}
+        return self.weights | {name: _tensor(layer.bias) for _, name, layer in self._linears}
 
     @cached_property
     def moments(self) -> list[dict[str, int]]:
@@ -273,13 +281,9 @@ class QModel(nn.Module):
         steps = [Step(name=INPUT, sources=(), size=math.prod(self.input_shape), holds="format")]
         for node, layer in zip(self.nodes, self.layers, strict=True):
             made, moved = isinstance(layer, Activation), isinstance(layer, MOVING_LAYERS)
-            holds = "format" if made else "source" if moved else "nothing"
+            holds: Holds = "format" if made else "source" if moved else "nothing"
             steps.append(Step(name=node.name, sources=node.sources, size=math.prod(node.shape), holds=holds))
         return moments(steps)
-
-    def layer(self, name: str) -> nn.Module:
-        """The layer that makes the tensor `name`."""
-        return next(layer for node, layer in zip(self.nodes, self.layers, strict=True) if node.name == name)
 
     def set_scheme(self, scheme: Scheme) -> None:
         """Freeze the formats of all sites.
@@ -366,15 +370,17 @@ class QModel(nn.Module):
             else:
                 source = node.sources[0]
                 origin = origins.get(source) if len(sources) == 1 else None
-                with recomputed(*sources, *origin) if origin else nullcontext():
+                with recomputed(sources[0], *origin) if origin else nullcontext():
                     if isinstance(layer, LINEAR_LAYERS):
                         sites = weight_site(name), _bias(name)
-                        parameters = [values[site] for site in sites]
+                        parameters = values[sites[0]], values[sites[1]]
                         if sites[0] in dense:
                             its_grids = [grids.get(site) if site in dense else None for site in (source, *sites)]
-                            tensors[name] = quantized_linear(*sources, *parameters, its_grids, relu=source in relus)
+                            tensors[name] = quantized_linear(
+                                sources[0], *parameters, grids=its_grids, relu=source in relus
+                            )
                         else:
-                            tensors[name] = _linear(layer, *sources, *parameters)
+                            tensors[name] = _linear(layer, sources[0], *parameters)
                     else:
                         tensors[name] = layer(*sources)
                 if origin and isinstance(layer, nn.Flatten):

@@ -8,7 +8,7 @@ import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -131,6 +131,7 @@ class _Shapes:
 
 
 _Reader = Callable[..., nn.Module | None]
+_Registered = TypeVar("_Registered", bound=_Reader)
 _READERS: dict[Any, _Reader] = {}
 _MERGES: dict[Any, type[nn.Module]] = {
     operator.add: Add,
@@ -162,13 +163,13 @@ _BATCH = 2  # of the run that finds the shapes
 _TOLERANCE = 1e-4  # of a model in float64, whose folded weights are float32
 
 
-def _reads(*targets: Any) -> Callable[[_Reader], _Reader]:
+def _reads(*targets: Any) -> Callable[[_Registered], _Registered]:
     """Register how a module, a function's arguments or a method's become a layer; None: nothing to do in evaluation.
 
     Every reader also gets the shapes before and after the operation.
     """
 
-    def register(reader: _Reader) -> _Reader:
+    def register(reader: _Registered) -> _Registered:
         _READERS.update(dict.fromkeys(targets, reader))
         return reader
 
@@ -194,7 +195,7 @@ def _read_conv(_shapes: _Shapes, module: nn.Conv1d | nn.Conv2d) -> nn.Module:
     return _with_bias(module, module.out_channels)
 
 
-def _with_bias(module: Any, outputs: int) -> nn.Module:
+def _with_bias(module: nn.Linear | nn.Conv1d | nn.Conv2d, outputs: int) -> nn.Module:
     if module.bias is None:
         module.bias = nn.Parameter(module.weight.new_zeros(outputs))
     return module
@@ -343,7 +344,7 @@ def _read_adaptive_max_module(shapes: _Shapes, module: nn.Module) -> nn.Module:
     return _adaptive(shapes, nn.MaxPool1d if len(shapes.source) == 2 else nn.MaxPool2d)
 
 
-def _adaptive(shapes: _Shapes, pool: Any) -> nn.Module:
+def _adaptive(shapes: _Shapes, pool: Callable[..., nn.Module]) -> nn.Module:
     before, after = shapes.source[1:], shapes.result[1:]
     if any(n % m for n, m in zip(before, after, strict=True)):
         raise UnsupportedLayer(f"adaptive pooling of {before} to {after} has windows of unequal size")
@@ -521,7 +522,7 @@ class _Builder:
         if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
             return self._normalize(node, path, layer, source)
         if isinstance(layer, AvgPool) and len(node.meta["shape"]) == 1:  # a mean that drops its dimensions
-            channels, *spatial = node.args[0].meta["shape"]
+            channels, *spatial = node.all_input_nodes[0].meta["shape"]
             source = self._append(node, path, layer, source, shape=(channels, *(1 for _ in spatial)))
             layer = nn.Flatten()
         return self._append(node, path, layer, source)
@@ -597,10 +598,10 @@ class _Builder:
         )
 
     def _merge(self, node: fx.Node, where: str, kind: type[nn.Module], sources: list[str]) -> str:
-        given = [*node.args, *(node.kwargs[name] for name in _MERGED if name in node.kwargs)]
+        given: list[Any] = [*node.args, *(node.kwargs[name] for name in _MERGED if name in node.kwargs)]
         if kind is Concat and isinstance(given[0], tuple | list):
             given = list(given[0])
-        shapes = [n.meta.get("shape") for n in given if isinstance(n, fx.Node)]
+        shapes: list[Any] = [n.meta.get("shape") for n in given if isinstance(n, fx.Node)]
         if len(sources) != 2 or len(given) < 2 or len(shapes) != 2 or None in shapes:
             raise UnsupportedLayer(f"{where}: merges {len(sources)} tensors: merge two different ones at a time")
         if kind is Add and (shapes[0] != shapes[1] or node.kwargs.keys() - set(_MERGED) or len(given) != 2):
@@ -608,7 +609,7 @@ class _Builder:
                 f"{where}: adds {shapes[0]} and {shapes[1]}; equal shapes are supported, without alpha"
             )
         if kind is Concat:
-            dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+            dim: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
             if dim % (len(shapes[0]) + 1) != 1:
                 raise UnsupportedLayer(f"{where}: concatenation is supported along the channels, dim=1")
         layer = kind()
@@ -656,8 +657,7 @@ class _Builder:
         """Fold a BatchNorm into the layer before, else into the one after, else make it a layer."""
         before = self._layers.get(source)
         if isinstance(before, nn.Linear | nn.Conv1d | nn.Conv2d) and self._is_read_once(source):
-            fuse = fuse_linear_bn_eval if isinstance(before, nn.Linear) else fuse_conv_bn_eval
-            self._layers[source] = fuse(before, norm)
+            self._layers[source] = _with_norm(before, norm)
             self._notes.append(f"{path} folded into {self._nodes[source].path}")
             return source
         scale, shift = _scale_and_shift(norm)
@@ -685,7 +685,10 @@ class _Builder:
     # clips and means whose factor is no power of two: neighbouring layers take the rest
 
     def _settle_clip(self, name: str, high: float) -> None:
-        limit, path = 2.0 ** self._layers[name].limit_log2, self._nodes[name].path
+        clip, path = self._layers[name], self._nodes[name].path
+        if not isinstance(clip, Activation) or clip.limit_log2 is None:
+            raise AssertionError(f"{path}: no clip to settle")
+        limit = 2.0**clip.limit_log2
         if limit == high:
             return
         makers, takers = self._makers(self._nodes[name].sources[0]), self._takers(name)
@@ -746,12 +749,17 @@ def _is_homogeneous(layer: nn.Module) -> bool:
     return isinstance(layer, (*MOVING_LAYERS, nn.LeakyReLU, AvgPool))
 
 
+def _with_norm(layer: nn.Linear | nn.Conv1d | nn.Conv2d, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> nn.Module:
+    return fuse_linear_bn_eval(layer, norm) if isinstance(layer, nn.Linear) else fuse_conv_bn_eval(layer, norm)
+
+
 @torch.no_grad()
 def _multiply(layers: list[nn.Module], factor: float, *, biases: bool) -> None:
     for layer in layers:
-        layer.weight.mul_(factor)
+        parameters = dict(layer.named_parameters(recurse=False))
+        parameters["weight"].mul_(factor)
         if biases:
-            layer.bias.mul_(factor)
+            parameters["bias"].mul_(factor)
 
 
 def _is_valid_convolution(module: nn.Conv1d | nn.Conv2d) -> bool:

@@ -23,15 +23,16 @@ Vectors = tuple[Tensor, Tensor, Tensor, Tensor]
 Sums = tuple[float, float, float]  # gradients of step, lo and hi
 
 # Sums may be reordered and multiply-adds fused, so that loops run on vectors; NaN and infinity keep their meaning.
-_OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
 
 
 def _loop(function: Callable[..., Any]) -> Callable[..., Any]:
     """A compiled function, which is kept on disk where a folder can be written."""
     try:
-        return njit(cache=True, **_OPTIONS)(function)
+        compiled: Callable[..., Any] = njit(cache=True, **_OPTIONS)(function)
     except RuntimeError:  # neither beside this file nor in the user's cache
-        return njit(**_OPTIONS)(function)
+        compiled = njit(**_OPTIONS)(function)
+    return compiled
 
 
 def quantize(x: Tensor, step: float, lo: float, hi: float) -> Tensor:
@@ -147,7 +148,7 @@ def _quantize(x: Array, y: Array, step: float, lo: float, hi: float) -> None:
         y[i] = level
 
 
-@njit(inline="always", **_OPTIONS)  # so that what is written in place is known to be
+@njit(inline="always", **_OPTIONS)  # type: ignore[untyped-decorator]  # so that what is written in place is known to be
 def _gradients_of_block(x: Array, grad: Array, passed: Array, step: float, lo: float, hi: float, floor: float) -> Sums:
     zero = x.dtype.type(0)
     by_step = by_lo = by_hi = zero

@@ -67,7 +67,9 @@ class _FakeQuantize(torch.autograd.Function):
         wanted = ctx.needs_input_grad[2 : 2 + len(grads)]
         passed, by_grids = zip(
             *(
-                kernels.gradients(x, grad, *grid, ctx.floor) if ctx.trained or want else (None, None)
+                kernels.gradients(x, grad, grid.step, grid.lo, grid.hi, ctx.floor)
+                if ctx.trained or want
+                else (None, None)
                 for x, grad, grid, want in zip(ctx.saved_tensors, grads, ctx.grids, wanted, strict=True)
             ),
             strict=True,
@@ -75,7 +77,7 @@ class _FakeQuantize(torch.autograd.Function):
         return None, None, *passed, *(passed[0].new_tensor(by_grids).unbind() if ctx.trained else ())
 
 
-def fake_quantize_all(xs: Sequence[Tensor], grids: Sequence[Grid] | Sequence[TrainedGrid]) -> tuple[Tensor, ...]:
+def fake_quantize_all(xs: Sequence[Tensor], grids: Sequence[Grid | TrainedGrid]) -> tuple[Tensor, ...]:
     """Quantize tensors of any shapes, each to its grid, as `fake_quantize` does one; the grids are of one kind."""
     return _quantize(xs, grids, relu=False)
 
@@ -98,7 +100,8 @@ def _quantize(xs: Sequence[Tensor], grids: Sequence[Grid | TrainedGrid], *, relu
     xs = [x.float() if x.dtype.itemsize < 4 else x for x in xs]
     trained = [grid.tensor for grid in grids if isinstance(grid, TrainedGrid)]
     values = [grid.values if isinstance(grid, TrainedGrid) else grid for grid in grids]
-    return _FakeQuantize.apply(values, relu, *xs, *trained)
+    quantized: tuple[Tensor, ...] = _FakeQuantize.apply(values, relu, *xs, *trained)  # type: ignore[no-untyped-call]
+    return quantized
 
 
 class _QuantizedLinear(torch.autograd.Function):
@@ -137,7 +140,7 @@ def _on(grid: Grid | None, x: Tensor) -> Tensor:
 
 
 def quantized_linear(
-    x: Tensor, weight: Tensor, bias: Tensor, grids: Sequence[Grid | TrainedGrid | None], *, relu: bool = False
+    x: Tensor, weight: Tensor, bias: Tensor, *, grids: Sequence[Grid | TrainedGrid | None], relu: bool = False
 ) -> Tensor:
     """`F.linear` of `x`, `(batch, n)`, weight and bias, each quantized as by `fake_quantize` if it has a grid.
 
@@ -145,7 +148,8 @@ def quantized_linear(
     """
     trained = [grid.tensor for grid in grids if isinstance(grid, TrainedGrid)]
     values = [grid.values if isinstance(grid, TrainedGrid) else grid for grid in grids]
-    return _QuantizedLinear.apply(values, relu, x, weight, bias, *trained)
+    result: Tensor = _QuantizedLinear.apply(values, relu, x, weight, bias, *trained)  # type: ignore[no-untyped-call]
+    return result
 
 
 def recomputed(y: Tensor, x: Tensor, grid: Grid | TrainedGrid) -> AbstractContextManager[None]:
@@ -219,11 +223,10 @@ class HMQ(nn.Module):
             ]
             for s, m, tensor_bits in zip(self._signed, self._m, bits, strict=True)
         ]
-        like_logits = {"dtype": self.logits.dtype, "device": self.logits.device}
         table = torch.zeros(len(bits), THRESHOLDS, self._choices, 4)
         for tensor, block, size in zip(table, self.candidates, self._sizes, strict=True):
             tensor[:, : len(block[0])] = torch.tensor([[(*Grid.of(f), f.width * size) for f in row] for row in block])
-        table = table.flatten(1, 2).to(**like_logits)
+        table = table.flatten(1, 2).to(self.logits)
         self.register_buffer("table", table[:, :, :3].contiguous(), persistent=False)
         self.register_buffer("memory", table[:, :, 3].contiguous(), persistent=False)
 

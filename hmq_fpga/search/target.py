@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 import numpy as np
 from scipy.optimize import LinearConstraint, milp
@@ -15,6 +16,8 @@ from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.search.graph import QModel, Site
 
 OVERSHOOT = 1.1  # the actual weight rate is at most this many times the target, where bit-widths allow it
+
+_Values = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +31,6 @@ class Target:
         tensor_bits: B of single weights, by name or pattern of names; of the input and activations the largest is an
             upper bound.
         max_activation_bits: upper bound on the bit-width of activations and input.
-        min_activation_bits: below this, R_a is refused.
     """
 
     weight_rate: float = 8.0
@@ -36,17 +38,13 @@ class Target:
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
     tensor_bits: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     max_activation_bits: int = 8
-    min_activation_bits: int = 1
 
     def __post_init__(self) -> None:
         for of, bits in {"": self.bits, **{f" of {name!r}": bits for name, bits in self.tensor_bits.items()}}.items():
             if not bits or list(bits) != sorted(set(bits)) or not 1 <= bits[0] <= bits[-1] <= 16:
                 raise InvalidInput(f"bit-widths {list(bits)}{of}: give ascending, different numbers from 1 to 16")
-        if not 1 <= self.min_activation_bits <= self.max_activation_bits <= 16:
-            raise InvalidInput(
-                f"activation bit-widths {self.min_activation_bits} … {self.max_activation_bits}: "
-                "give a range within 1 … 16"
-            )
+        if not 1 <= self.max_activation_bits <= 16:
+            raise InvalidInput(f"activation bit-widths up to {self.max_activation_bits}: give a bound within 1 … 16")
         lowest, highest = FLOAT_BITS / self.bits[-1], FLOAT_BITS / self.bits[0]
         if not lowest <= self.weight_rate <= highest:
             raise InvalidInput(
@@ -80,7 +78,7 @@ class Target:
 
     def _own_bits(self, name: str) -> tuple[int, ...] | None:
         """Of the last pattern that a name matches."""
-        return next((bits for p, bits in reversed(self.tensor_bits.items()) if fnmatchcase(name, p)), None)
+        return next((bits for p, bits in reversed(list(self.tensor_bits.items())) if fnmatchcase(name, p)), None)
 
     def activation_bits(self, model: QModel, activation_rate: float | None = None) -> dict[str, int]:
         """Bit-width of the input and every activation, by name (Eq. 10-11).
@@ -99,11 +97,10 @@ class Target:
             size = max(total for held, total in zip(model.moments, totals, strict=True) if site.name in held)
             most_bits = (self._own_bits(site.name) or (self.max_activation_bits,))[-1]
             bits[site.name] = min(int(FLOAT_BITS * max(totals) / rate / size + 1e-9), most_bits)
-            if bits[site.name] < self.min_activation_bits:
-                most = FLOAT_BITS * max(totals) / size / self.min_activation_bits
+            if bits[site.name] < 1:
                 raise InvalidInput(
-                    f"R_a = {rate:g} leaves tensor {site.name!r} (held among {size} values) under "
-                    f"{self.min_activation_bits} bit: choose R_a up to {most:g}"
+                    f"R_a = {rate:g} leaves tensor {site.name!r} (held among {size} values) under 1 bit: "
+                    f"choose R_a up to {FLOAT_BITS * max(totals) / size:g}"
                 )
         return bits
 
@@ -145,14 +142,17 @@ def cheapest_bits(costs: Sequence[Mapping[int, float]], sizes: Sequence[int], we
     one_each = LinearConstraint(tensor == np.arange(len(sizes))[:, None], 1, 1)
     most = FLOAT_BITS / weight_rate
 
-    def solve(objective: np.ndarray, least: float) -> np.ndarray | None:
+    def solve(objective: _Values, least: float) -> _Values | None:
         slack = 1e-9
         within = LinearConstraint(bits, least - slack, most + slack)
-        return milp(objective, constraints=[one_each, within], integrality=np.ones(len(bits)), bounds=(0, 1)).x
+        found = milp(objective, constraints=[one_each, within], integrality=np.ones(len(bits)), bounds=(0, 1))
+        values: _Values | None = found.x
+        return values
 
     x = solve(cost, most / OVERSHOOT)
     if x is None:
         x = solve(-bits, 0)
     if x is None:
         raise AssertionError("Target checks that the smallest bit-widths reach the rate")
-    return choice[x > 0.5].tolist()
+    chosen: list[int] = choice[x > 0.5].tolist()
+    return chosen

@@ -9,13 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hmq_fpga.deploy.settings import IoType
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.search.train import Budget
 from hmq_fpga.search.train import Task as TrainingTask
@@ -45,7 +46,7 @@ class Task:
     batch_size: int = 64
     budget: Budget = field(default_factory=Budget)
     threads: int = 1
-    io_type: Literal["io_parallel", "io_stream"] = "io_parallel"
+    io_type: IoType = "io_parallel"
     parity_samples: int | None = None
     source: str = ""
 
@@ -61,7 +62,7 @@ def _mlp(*widths: int) -> nn.Module:
 def _conv(n: int, m: int, kernel: int | tuple[int, int], *, stride: int = 1, groups: int = 1) -> list[nn.Module]:
     """A convolution with BatchNorm and ReLU; padding keeps the size where the stride is one."""
     sizes = (kernel, kernel) if isinstance(kernel, int) else kernel
-    padding = tuple(size // 2 for size in sizes)
+    padding = sizes[0] // 2, sizes[1] // 2
     conv = nn.Conv2d(n, m, sizes, stride=stride, padding=padding, groups=groups, bias=False)
     return [conv, nn.BatchNorm2d(m), nn.ReLU()]
 
@@ -120,7 +121,8 @@ class _OverTime(nn.Module):
         x = F.relu(self.norm1(self.conv1(x)))
         x = F.relu(self.norm2(self.conv2(x)))
         x = F.relu(self.norm3(self.conv3(x)))
-        return self.head(F.avg_pool1d(x, 8).flatten(1))
+        logits: Tensor = self.head(F.avg_pool1d(x, 8).flatten(1))
+        return logits
 
 
 class _Block(nn.Module):
@@ -311,7 +313,7 @@ def _function(file: Path, name: str) -> Callable[[], object]:
         spec.loader.exec_module(module)
     except Exception as error:  # it is the user's code: anything can come out of it
         raise InvalidInput(f"{file}: cannot be imported: {type(error).__name__}: {error}") from error
-    function = getattr(module, name, None)
+    function: Callable[[], object] | None = getattr(module, name, None)
     if not callable(function):
         raise InvalidInput(f"{file}: no function {name!r} in it")
     return function

@@ -14,20 +14,13 @@ from typing import Any, Protocol
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from hmq_fpga.deploy.toolchain import GXX
+from hmq_fpga.deploy.toolchain import GXX, ToolFailed
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.study import interrupt
 from hmq_fpga.study.monitor import Bars
 from hmq_fpga.study.pages.sweep_page import write_sweep_page
-from hmq_fpga.study.run.pipeline import (
-    RunConfig,
-    check_run,
-    make_config,
-    read_settings,
-    require_device,
-    run,
-    train_baseline,
-)
+from hmq_fpga.study.run.config import RunConfig, make_config, read_settings
+from hmq_fpga.study.run.pipeline import check_run, require_device, run, train_baseline
 from hmq_fpga.study.run.stages import check_ours
 from hmq_fpga.study.sweep import table
 from hmq_fpga.study.workers import Given, Processes, Workers, cluster, cores, exclusive
@@ -52,10 +45,10 @@ class SweepConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     task: str
-    rw: tuple[float, ...] = Field((4.0, 6.0, 8.0, 10.0, 12.0, 14.0, 15.5), min_length=1)
-    ra: tuple[float, ...] = Field((4.0,), min_length=1)
-    methods: tuple[str, ...] = Field(("hmq",), min_length=1)
-    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    rw: tuple[float, ...] = Field(default=(4.0, 6.0, 8.0, 10.0, 12.0, 14.0, 15.5), min_length=1)
+    ra: tuple[float, ...] = Field(default=(4.0,), min_length=1)
+    methods: tuple[str, ...] = Field(default=("hmq",), min_length=1)
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     out: Path | None = None
     settings: dict[str, Any] = Field(default_factory=dict)
 
@@ -203,7 +196,7 @@ def sweep(
 def _jobs(folder: Path, runs: Mapping[str, RunConfig]) -> list[Job]:
     """The baselines of all seeds, then the runs."""
     baselines = {run.seed: f"float-seed{run.seed}" for run in runs.values()}
-    first = {run.seed: run for run in reversed(runs.values())}
+    first = {run.seed: run for run in reversed(list(runs.values()))}
     return [Job(name, first[seed].model_copy(update={"out": folder / name})) for seed, name in baselines.items()] + [
         Job(name, run, shared=folder / baselines[run.seed], after=baselines[run.seed]) for name, run in runs.items()
     ]
@@ -257,7 +250,7 @@ def _do(config: RunConfig, shared: Path | None) -> str | None:
 
 def _line(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    known = isinstance(error, (InvalidInput, FloatingPointError))
+    known = isinstance(error, (InvalidInput, ToolFailed, FloatingPointError))
     return text if known and text else f"{type(error).__name__}: {text}"
 
 
