@@ -17,10 +17,12 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from hmq_fpga.deploy.rtl import estimate as model_estimate
-from hmq_fpga.deploy.rtl.project import SIZE_LIMIT, RtlProject, size_estimate
+from hmq_fpga.deploy.rtl.project import RtlProject
+from hmq_fpga.deploy.rtl.trace import SIZE_LIMIT, size_estimate
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Fixed
-from hmq_fpga.ir.network import Conv, Dense, Flatten, Input, MaxPool, Op, QNet, Quantize
+from hmq_fpga.ir.network import QNet
+from hmq_fpga.ir.ops import Conv, Dense, Flatten, Input, MaxPool, Op, Quantize
 
 FITTED_SEED = 0  # of trained networks
 MLPS = [(16, 64, 32, 32, 10), (16, 32, 16, 5), (64, 32, 10), (30, 20, 3), (196, 16, 10)]

@@ -151,9 +151,10 @@ def prepared(step: str, family: str, parameters: int, folder: Path) -> Callable[
     fresh = lambda: folder / f"{parameters}-{next(numbers)}"  # noqa: E731
     match step:
         case "convert":
-            from hmq_fpga.deploy.convert import convert
+            from hmq_fpga.deploy.backends import HLS, QKERAS
+            from hmq_fpga.deploy.settings import Hardware
 
-            return lambda: convert(net, fresh())
+            return lambda: [b.create(net, fresh(), Hardware(), None) for b in (QKERAS, HLS)]
         case "compile":
             written = HlsProject.create(net, fresh()).folder
             return lambda: compilation(written)
@@ -164,12 +165,12 @@ def prepared(step: str, family: str, parameters: int, folder: Path) -> Callable[
         case _:
             from hmq_fpga.deploy.rtl.estimate import estimate
 
-            return lambda: estimate(QNet(net.ops))  # nothing cached
+            return lambda: estimate(QNet(net.ops, net.outputs))  # nothing cached
 
 
 def measure(step: str, family: str, parameters: int) -> dict[str, Any]:
     """Seconds and MiB, or why there are none."""
-    from hmq_fpga.deploy.rtl.project import NotUnrolled
+    from hmq_fpga.deploy.rtl.trace import NotUnrolled
 
     torch.set_num_threads(1)
     model, _ = generate(family, parameters)

@@ -102,7 +102,8 @@ def timed_run(folder: Path) -> dict[str, Any]:
     clock.watch_imports()
     with clock.part("rest"):
         from hmq_fpga.study.monitor import Bars
-        from hmq_fpga.study.run.pipeline import pipeline as study
+        from hmq_fpga.study.run import pipeline as study
+        from hmq_fpga.study.run.config import make_config
 
         class Stages(Bars):
             @contextmanager
@@ -116,7 +117,7 @@ def timed_run(folder: Path) -> dict[str, Any]:
                     clock.stage = AFTER
 
         watch(clock, study)
-        config = study.make_config({"task": "digits_mlp", "rw": 8, "out": folder})
+        config = make_config({"task": "digits_mlp", "rw": 8, "out": folder})
         with Stages(folder / "tensorboard") as bars:
             study.run(config, bars)
     rows = [{"stage": stage, "part": part, "seconds": times} for (stage, part), times in clock.found.items()]
@@ -125,14 +126,13 @@ def timed_run(folder: Path) -> dict[str, Any]:
 
 def watch(clock: Clock, study: Any) -> None:
     """The functions whose times are of interest."""
-    from hmq_fpga.deploy import convert
     from hmq_fpga.deploy.hls import project as hls
     from hmq_fpga.deploy.qkeras import model as qkeras_model
     from hmq_fpga.ir import reference
 
-    for module in (convert, hls, qkeras_model):
-        clock.watch(module, "to_qkeras", "QKeras building")
-    clock.watch(convert, "save", "QKeras saving")
+    clock.watch(qkeras_model, "to_qkeras", "QKeras building")
+    clock.watch(qkeras_model, "save", "QKeras saving")
+    clock.watch(qkeras_model, "load", "QKeras loading")
     clock.watch(hls, "_convert", "hls4ml conversion")
     clock.watch(hls, "_write", "hls4ml writing")
     clock.watch(hls.HlsProject, "_compiled", "g++")
@@ -148,8 +148,8 @@ def watch_rtl(clock: Clock) -> None:
     with clock.part("rest"):
         from hmq_fpga.deploy.rtl import project as rtl
 
-    clock.watch(rtl, "_trace", "alkaid tracing")
-    clock.watch(rtl.RTLModel, "write", "Verilog writing")
+    clock.watch(rtl, "trace", "alkaid tracing")
+    clock.watch(rtl, "write_verilog", "Verilog writing")
     clock.watch(rtl.Interpreter, "predict", "trace interpretation")
 
 
