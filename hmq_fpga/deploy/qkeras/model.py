@@ -63,10 +63,7 @@ def to_qkeras(net: QNet) -> Any:
     keras = import_keras()
     dtype = float_type(net)
     with quiet(), floatx(dtype):
-        import tensorflow
-
-        # AutoGraph would rewrite the source of QKeras's layers, a second's work, where only shapes are asked for
-        model = tensorflow.autograph.experimental.do_not_convert(_connected)(net, keras, dtype)
+        model = _as_written(_connected)(net, keras, dtype)
         for op in net.linears:
             model.get_layer(op.name).set_weights(_constants(net, op))
     return model
@@ -100,7 +97,7 @@ def load(path: Path) -> Any:
         raise InvalidInput(f"{path}: of Keras {version}, which Keras {keras.__version__} cannot read: export it again")
     try:
         with quiet():
-            return keras.models.load_model(path, custom_objects=custom_objects())
+            return _as_written(keras.models.load_model)(path, custom_objects=custom_objects())
     except Exception as error:  # from a damaged archive anything may come
         raise InvalidInput(f"{path}: not a model of QKeras: {str(error).splitlines()[0]}") from error
 
@@ -119,6 +116,13 @@ def export(net: QNet, folder: Path) -> None:
     save(model, folder / MODEL)
     with suppress(InvalidInput):
         (folder / CONFIG).write_text(json.dumps(hls4ml_config(net), indent=1) + "\n")
+
+
+def _as_written(function: Any) -> Any:
+    """A function in which AutoGraph does not rewrite the source of QKeras's layers, where only shapes are asked for."""
+    import tensorflow
+
+    return tensorflow.autograph.experimental.do_not_convert(function)
 
 
 def float_type(net: QNet) -> FloatType:
