@@ -359,6 +359,9 @@ def _write(graph: Any, project: HlsProject) -> None:
             "-fPIC": "-fPIC -DNDEBUG",
             # As the text of a C++ string
             r"\$\{BASEDIR\}/firmware/weights": r"""$(sed 's/["\\\\?]/\\\\&/g' <<< "\g<0>")""",
+            # Both files at once
+            r"-o \$\{PROJECT\}\.o\n": r"-o ${PROJECT}.o &\n",
+            r"-o \$\{PROJECT\}_bridge\.o\n": r"\g<0>wait $!\n",
         },
     )
     # The testbench writes results with 6 digits: too few to tell codes apart
