@@ -189,7 +189,11 @@ def test_broken_project_fails_the_command(undisturbed, tmp_path):
 def test_convert_needs_no_torch(undisturbed, tmp_path):
     code = (
         "import sys\n"
-        "sys.modules['torch'] = None\n"
+        "class NoTorch:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name.partition('.')[0] == 'torch':\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, NoTorch())\n"
         f"sys.argv = ['hmq-fpga', 'convert', {str(undisturbed[0])!r}, '--out', {str(tmp_path / 'out')!r}]\n"
         "from hmq_fpga.cli import main\n"
         "main()\n"
