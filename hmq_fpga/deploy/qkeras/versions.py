@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ def import_keras() -> Any:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("KERAS_BACKEND", "tensorflow")
     with quiet(), _unheard() if "tensorflow" not in sys.modules else nullcontext():
+        if find_spec("triton"):  # of PyTorch's builds for GPUs: loaded after TensorFlow 2.21 it ends the process
+            import_module("triton")
         import keras
         import qkeras  # noqa: F401
     if keras.backend.backend() != "tensorflow":
