@@ -53,7 +53,7 @@ class Backend:
         missing: one line on what is not installed and how to get it; None where nothing is missing.
         check: raises `InvalidInput` for a network or settings that cannot be had, before anything is trained.
         create: writes `<folder>/<name>`; samples are real inputs `(n, *input_shape)` for test benches, or None.
-        simulators: of what is on disk, in the order of `parity.json`; none where the folder is not there.
+        simulators: of what is on disk in its folder, in the order of `parity.json`.
     """
 
     name: str
@@ -92,8 +92,6 @@ def _create_qkeras(net: QNet, folder: Path, hardware: Hardware, samples: Samples
 
 
 def _simulate_qkeras(net: QNet, folder: Path, hardware: Hardware) -> list[Simulator]:
-    if not (folder / "qkeras").is_dir():
-        return []
     from hmq_fpga.deploy.qkeras.model import QKerasSimulator
 
     return [QKerasSimulator.load(net, folder / "qkeras")]
@@ -147,8 +145,6 @@ def _create_rtl(net: QNet, folder: Path, hardware: Hardware, samples: Samples | 
 
 def _simulate_rtl(net: QNet, folder: Path, hardware: Hardware) -> list[Simulator]:
     """The tracer's interpreter, and for the estimate `rtl` the Verilog too."""
-    if not (folder / "rtl").is_dir():
-        return []
     from hmq_fpga.deploy.rtl.project import RtlProject
 
     project = RtlProject.load(net, folder / "rtl")

@@ -213,9 +213,9 @@ def _first_difference(
     for op in net.ops:
         if op.name in tensors and (found := _difference(op.name, samples, references[op.name], tensors[op.name])):
             return found
-    for name, of_output in net.split(actual[samples]).items():
-        right = net.split(expected[samples])[name]
-        if found := _difference(name, samples, right, of_output):
+    outputs = net.split(actual[samples])
+    for name, right in net.split(expected[samples]).items():
+        if found := _difference(name, samples, right, outputs[name]):
             return found
     return None
 

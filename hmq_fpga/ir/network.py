@@ -23,7 +23,7 @@ import numpy as np
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.files import replacing
 from hmq_fpga.ir.fixed import Codes, Fixed, Reals
-from hmq_fpga.ir.ops import OPS, Input, Linear, Op, Ranges, Shape, TensorType, aligned, common_format
+from hmq_fpga.ir.ops import OPS, Input, Linear, Op, Ranges, Shape, TensorType, common_format, joined
 
 FORMAT_VERSION = 3
 _FILES = ("network.json", "weights.npz")
@@ -192,9 +192,7 @@ class QNet:
 
     def join(self, tensors: Mapping[str, Codes]) -> Codes:
         """Output codes `(batch, *output_shape)` of the outputs' codes by op name, each `(batch, *shape)`."""
-        types = [self.tensors[name] for name in self.outputs]
-        codes = aligned(types, [tensors[name] for name in self.outputs])
-        return codes[0] if len(codes) == 1 else np.concatenate([part.reshape(len(part), -1) for part in codes], 1)
+        return joined([self.tensors[name] for name in self.outputs], [tensors[name] for name in self.outputs])
 
     @cached_property
     def digest(self) -> str:

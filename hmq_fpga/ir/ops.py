@@ -611,6 +611,12 @@ def aligned(sources: Sequence[TensorType], codes: Sequence[Codes]) -> list[Codes
     return [x << frac - source.format.frac for source, x in zip(sources, codes, strict=True)]
 
 
+def joined(sources: Sequence[TensorType], codes: Sequence[Codes]) -> Codes:
+    """Codes `(batch, *shape)` of one tensor as they are; of several all in a row, on the finest of their grids."""
+    parts = aligned(sources, codes)
+    return parts[0] if len(parts) == 1 else np.concatenate([part.reshape(len(part), -1) for part in parts], 1)
+
+
 def _on_one_grid(formats: Sequence[Fixed]) -> tuple[int, list[int], list[int]]:
     """The finest fraction, and the smallest and largest codes on its grid."""
     frac = max(f.frac for f in formats)

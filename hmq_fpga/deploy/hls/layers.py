@@ -235,7 +235,7 @@ def _fields(net: QNet, op: Op) -> Layer:
         case Concat():
             return {"class_name": "Concatenate", "op": f"concatenate{len(shape)}d", "axis": -1}
         case _:
-            return assert_never(op)
+            assert_never(op)
 
 
 def _constants(net: QNet, op: Linear, weight: str) -> Layer:

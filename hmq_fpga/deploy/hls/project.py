@@ -36,7 +36,7 @@ from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.files import check_path, replacing
 from hmq_fpga.ir.fixed import Codes, Fixed
 from hmq_fpga.ir.network import QNet
-from hmq_fpga.ir.ops import Flatten, Linear, Op, Scale
+from hmq_fpga.ir.ops import Flatten, Linear, Op, Scale, TensorType, joined
 
 RECORD = "hmq_fpga.json"
 _CONSTANTS = ("weight", "bias")
@@ -186,11 +186,8 @@ class HlsProject:
         Raises:
             ParityError: when a value is not on its tensor's grid.
         """
-        codes = [
-            to_codes(value, port.format, port.op) << self._output_frac - port.format.frac
-            for port, value in zip(self.ports, values, strict=True)
-        ]
-        return codes[0] if len(codes) == 1 else np.concatenate([code.reshape(len(code), -1) for code in codes], 1)
+        codes = [to_codes(value, port.format, port.op) for port, value in zip(self.ports, values, strict=True)]
+        return joined([TensorType(port.shape, port.format) for port in self.ports], codes)
 
     @property
     def _output_frac(self) -> int:

@@ -115,7 +115,7 @@ def _inner_types(net: QNet, op: Op) -> dict[str, str]:
         case Input() | Quantize() | MaxPool() | Pad() | Upsample() | Flatten() | Add() | Concat():
             return {}
         case _:
-            return assert_never(op)
+            assert_never(op)
 
 
 def _next_frac(net: QNet, op: Op) -> int:
