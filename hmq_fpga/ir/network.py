@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -25,7 +25,8 @@ from hmq_fpga.ir.files import replacing
 from hmq_fpga.ir.fixed import Codes, Fixed, Reals
 from hmq_fpga.ir.ops import OPS, Input, Linear, Op, Ranges, Shape, TensorType, common_format, joined
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+_READABLE = (2, 3, FORMAT_VERSION)  # what 3 lacks has defaults
 _FILES = ("network.json", "weights.npz")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 _Array = np.ndarray[Any, Any]
@@ -216,7 +217,7 @@ class QNet:
 
     @classmethod
     def load(cls, folder: Path) -> QNet:
-        """Read what `save` wrote, or what it wrote as format version 2.
+        """Read what `save` wrote, or what it wrote as format version 2 or 3.
 
         Raises:
             InvalidInput: when a file is missing, damaged, of another version, or not what was saved.
@@ -227,8 +228,8 @@ class QNet:
                 arrays = {name: archive[name] for name in archive.files}
         except Exception as error:  # from a damaged archive anything may come
             raise InvalidInput(f"{folder}: not a readable QNet folder: {error}") from error
-        if not isinstance(data, dict) or data.get("format_version") not in (2, FORMAT_VERSION):
-            raise InvalidInput(f"{folder / 'network.json'}: not a QNet of format version 2 or {FORMAT_VERSION}")
+        if not isinstance(data, dict) or data.get("format_version") not in _READABLE:
+            raise InvalidInput(f"{folder / 'network.json'}: not a QNet of format version 2 to {FORMAT_VERSION}")
         try:
             recorded = data.pop("digest", None)
             if _digest(data, arrays) != recorded:
@@ -281,8 +282,8 @@ def _digest(description: Mapping[str, Any], arrays: Mapping[str, Codes]) -> str:
 
 
 def _outputs_and_ops(data: dict[str, Any]) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
-    """Of a description of either version: in version 2 a last op `Outputs` names several outputs."""
-    if data["format_version"] == FORMAT_VERSION:
+    """Of a description of any version: in version 2 a last op `Outputs` names several outputs."""
+    if data["format_version"] > 2:
         return tuple(data["outputs"]), data["ops"]
     *ops, last = data["ops"]
     return (tuple(last["sources"]), ops) if last["op"] == "Outputs" else ((), [*ops, last])
@@ -301,7 +302,10 @@ def _op_from_json(entry: dict[str, Any], arrays: Mapping[str, Codes]) -> Op:
     """An op by the types of its fields: an array from the archive, a format, a text, or integers."""
     cls = OPS[entry["op"]]
     values: dict[str, Any] = {}
+    missing = {field.name for field in fields(cls) if field.default is not MISSING and field.name not in entry}
     for name, hint in get_type_hints(cls).items():
+        if name in missing:
+            continue  # of an older version
         if hint == Codes:
             values[name] = arrays[f"{entry['name']}.{name}"]
         elif hint is Fixed:

@@ -11,6 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, get_args
 
 import numpy as np
@@ -25,6 +26,7 @@ Padding = tuple[tuple[int, int], ...]  # zeros before and after, for each spatia
 
 _BIAS = Fixed(signed=True, width=MAX_WIDTH, frac=0)  # with it, no sum of a linear op exceeds int64
 _MAX_SHIFT = 16  # of a leaky ReLU
+MAX_TABLE_BITS = 12  # of a code that a table is looked up by
 
 
 @dataclass(frozen=True)
@@ -281,20 +283,52 @@ class Scale(_Linear):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Convolution(_Linear):
+    """A weight is multiplied at each position of a window.
+
+    Attributes:
+        stride: from window to window, in each spatial dimension.
+        padding: zeros around every channel.
+        dilation: from weight to weight in a window, in each spatial dimension; empty: one everywhere.
+    """
+
     stride: Shape
     padding: Padding
+    dilation: Shape = ()
 
     @property
-    @abstractmethod
     def kernel(self) -> Shape:
-        """How many positions it reads at once, in each spatial dimension."""
+        """How far a window reaches in each spatial dimension."""
+        weights = self._weights_along()
+        return tuple((n - 1) * step + 1 for n, step in zip(weights, self.dilation or (1,) * len(weights), strict=True))
+
+    @cached_property
+    def full_weight(self) -> Codes:
+        """The weight codes with the zeros that dilation and groups leave between them."""
+        return self._dilated(self.weight)
+
+    @property
+    def matrix(self) -> Codes:
+        return self.full_weight.reshape(-1, self.weight.shape[-1])
 
     def check(self) -> None:
         super().check()
+        if self.dilation and (len(self.dilation) != len(self._weights_along()) or min(self.dilation) < 1):
+            raise InvalidInput(f"dilation {self.dilation} is out of range")
         _check_stride(self.stride, self.kernel)
         _check_padding(self.padding)
         if len(self.padding) != len(self.kernel):
             raise InvalidInput(f"padding {self.padding} is out of range")
+
+    @abstractmethod
+    def _weights_along(self) -> Shape:
+        """How many weights stand in a window, in each spatial dimension."""
+
+    def _dilated(self, weight: Codes) -> Codes:
+        if not self.dilation:
+            return weight
+        full = np.zeros((*self.kernel, *weight.shape[len(self.kernel) :]), np.int64)
+        full[tuple(slice(None, None, step) for step in self.dilation)] = weight
+        return full
 
     def _positions(self, source: Shape, channels: int) -> Shape:
         spatial = _spatial(source, len(self.kernel))
@@ -312,23 +346,42 @@ class _Convolution(_Linear):
 class Conv(_Convolution):
     """Cross-correlation over one or two spatial dimensions.
 
-    Reads `(*spatial, c)` with weight codes `(*kernel, c, m)` and bias codes `(m,)`.
+    Reads `(*spatial, c)` with weight codes `(*weights, c / groups, m)` and bias codes `(m,)`; the outputs of a group
+    read the channels of that group, in order.
     """
 
-    @property
-    def kernel(self) -> Shape:
-        return self.weight.shape[:-2]
+    groups: int = 1
+
+    @cached_property
+    def full_weight(self) -> Codes:
+        """The weight codes as `(*kernel, c, m)`, with the zeros that dilation and groups leave between them."""
+        weight = self._dilated(self.weight)
+        *window, channels, outputs = weight.shape
+        if self.groups == 1:
+            return weight
+        full = np.zeros((*window, self.groups, channels, self.groups, outputs // self.groups), np.int64)
+        for group, part in enumerate(np.split(weight, self.groups, axis=-1)):
+            full[..., group, :, group, :] = part
+        return full.reshape(*window, self.groups * channels, outputs)
 
     @property
     def by_channel(self) -> Codes:
         """The weight codes as `(window positions, channels, outputs)`."""
-        return self.weight.reshape(-1, *self.weight.shape[-2:])
+        return self.full_weight.reshape(-1, *self.full_weight.shape[-2:])
+
+    def check(self) -> None:
+        super().check()
+        if self.groups < 1 or self.weight.shape[-1] % self.groups:
+            raise InvalidInput(f"{self.weight.shape[-1]} outputs are not {self.groups} groups")
 
     def _dims(self) -> tuple[int, ...]:
         return (3, 4)
 
+    def _weights_along(self) -> Shape:
+        return self.weight.shape[:-2]
+
     def result(self, sources: Sequence[TensorType]) -> TensorType:
-        positions = self._positions(sources[0].shape, self.weight.shape[-2])
+        positions = self._positions(sources[0].shape, self.weight.shape[-2] * self.groups)
         return TensorType((*positions, self.weight.shape[-1]), self._accumulator(sources[0].format))
 
     def ranges(self, sources: Sequence[TensorType], ranges: Sequence[Ranges]) -> Ranges:
@@ -345,15 +398,14 @@ class Conv(_Convolution):
 class DepthwiseConv(_Convolution):
     """Cross-correlation of each channel with a kernel of its own.
 
-    Reads `(*spatial, c)` with weight codes `(*kernel, c)` and bias codes `(c,)`.
+    Reads `(*spatial, c)` with weight codes `(*weights, c)` and bias codes `(c,)`.
     """
-
-    @property
-    def kernel(self) -> Shape:
-        return self.weight.shape[:-1]
 
     def _dims(self) -> tuple[int, ...]:
         return (2, 3)
+
+    def _weights_along(self) -> Shape:
+        return self.weight.shape[:-1]
 
     def result(self, sources: Sequence[TensorType]) -> TensorType:
         channels = self.weight.shape[-1]
@@ -453,6 +505,35 @@ class LeakyRelu(_Unary):
         return np.where(x < 0, x, x << self.shift)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Table(_Unary):
+    """Any function of one value: `values` holds the result's code for each code of the source, in ascending order."""
+
+    values: Codes
+    format: Fixed
+
+    def check(self) -> None:
+        if self.values.dtype != np.int64 or self.values.ndim != 1 or len(self.values).bit_count() != 1:
+            raise InvalidInput("a table's values are int64, in one dimension, and a power of two of them")
+        if len(self.values) > 1 << MAX_TABLE_BITS:
+            raise InvalidInput(f"a table of {len(self.values)} values exceeds {MAX_TABLE_BITS} bits")
+        if not self.format.contains(self.values):
+            raise InvalidInput(f"a value of the table is outside {self.format}")
+
+    def result(self, sources: Sequence[TensorType]) -> TensorType:
+        if len(self.values) != 1 << sources[0].format.width:
+            raise InvalidInput(f"a table of {len(self.values)} values is read by {sources[0].format}")
+        return TensorType(sources[0].shape, self.format)
+
+    def ranges(self, sources: Sequence[TensorType], ranges: Sequence[Ranges]) -> Ranges:
+        first = sources[0].format.lo
+        read = [self.values[lo - first : hi - first + 1] for lo, hi in zip(ranges[0].lo, ranges[0].hi, strict=True)]
+        return Ranges(np.array([values.min() for values in read]), np.array([values.max() for values in read]))
+
+    def run(self, sources: Sequence[TensorType], codes: Sequence[Codes]) -> Codes:
+        return self.values[codes[0] - sources[0].format.lo]
+
+
 # --- operations that only move values --------------------------------------------------------------------------------
 
 
@@ -520,6 +601,41 @@ class Flatten(_Unary):
         return codes[0].reshape(len(codes[0]), -1)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Gather(_Unary):
+    """Values moved, repeated or left out.
+
+    `index`, of the result's shape, says which of the source's values, counted in a row, stands at a place; -1: none of
+    them, but the code `fill`.
+    """
+
+    index: Codes
+    fill: int = 0
+
+    def check(self) -> None:
+        if self.index.dtype != np.int64 or 0 in self.index.shape or not self.index.ndim or self.index.min() < -1:
+            raise InvalidInput("a gather's index is int64, of at least one value, and -1 or more")
+
+    def result(self, sources: Sequence[TensorType]) -> TensorType:
+        source = sources[0]
+        if self.index.max() >= math.prod(source.shape):
+            raise InvalidInput(f"reads value {self.index.max()} of {source.shape}")
+        if not source.format.contains(np.array(self.fill)):
+            raise InvalidInput(f"its fill {self.fill} is outside {source.format}")
+        return TensorType(self.index.shape, source.format)
+
+    def ranges(self, sources: Sequence[TensorType], ranges: Sequence[Ranges]) -> Ranges:
+        index = self.index.reshape(-1, self.index.shape[-1])
+        channel, filled = index % len(ranges[0].lo), index < 0
+        lo, hi = (np.where(filled, self.fill, side[channel]) for side in (ranges[0].lo, ranges[0].hi))
+        return Ranges(lo.min(axis=0), hi.max(axis=0))
+
+    def run(self, sources: Sequence[TensorType], codes: Sequence[Codes]) -> Codes:
+        values = codes[0].reshape(len(codes[0]), -1)[:, self.index.ravel()]
+        values[:, self.index.ravel() < 0] = self.fill
+        return values.reshape(-1, *self.index.shape)
+
+
 # --- operations on two tensors ---------------------------------------------------------------------------------------
 
 
@@ -532,31 +648,106 @@ class _Merge(_Op):
         return self.sources
 
     def check(self) -> None:
-        if len(set(self.sources)) != 2:
-            raise InvalidInput(f"merges two different tensors, not {self.sources}")
+        pass
 
     def macs(self, result: TensorType) -> int:
         return 0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Add(_Merge):
-    """Exact sum of two tensors of one shape, on the finer of their grids."""
+class _Elementwise(_Merge):
+    """Of two tensors of one shape, value by value, exact: on the finer of their grids, unless it says otherwise."""
 
     def result(self, sources: Sequence[TensorType]) -> TensorType:
         first, second = sources
         if first.shape != second.shape:
             raise InvalidInput(f"cannot merge {first.shape} and {second.shape}")
         frac, los, his = _on_one_grid([source.format for source in sources])
-        return TensorType(first.shape, Fixed.enclosing(sum(los), sum(his), frac))
+        lo, hi = self._bounds(*(np.array(side) for side in (*los, *his)))
+        return TensorType(first.shape, Fixed.enclosing(int(lo), int(hi), frac))
 
     def ranges(self, sources: Sequence[TensorType], ranges: Sequence[Ranges]) -> Ranges:
         los, his = aligned(sources, [r.lo for r in ranges]), aligned(sources, [r.hi for r in ranges])
-        return Ranges(los[0] + los[1], his[0] + his[1])
+        return Ranges(*self._bounds(*los, *his))
 
     def run(self, sources: Sequence[TensorType], codes: Sequence[Codes]) -> Codes:
-        first, second = aligned(sources, codes)
+        return self._apply(*aligned(sources, codes))
+
+    @abstractmethod
+    def _apply(self, first: Codes, second: Codes) -> Codes:
+        """On codes of one grid."""
+
+    def _bounds(self, lo: Codes, other_lo: Codes, hi: Codes, other_hi: Codes) -> tuple[Codes, Codes]:
+        """Smallest and largest result; the function grows with both."""
+        return self._apply(lo, other_lo), self._apply(hi, other_hi)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Add(_Elementwise):
+    """Sum."""
+
+    def _apply(self, first: Codes, second: Codes) -> Codes:
         return first + second
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Subtract(_Elementwise):
+    """First minus second."""
+
+    def _apply(self, first: Codes, second: Codes) -> Codes:
+        return first - second
+
+    def _bounds(self, lo: Codes, other_lo: Codes, hi: Codes, other_hi: Codes) -> tuple[Codes, Codes]:
+        return lo - other_hi, hi - other_lo
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Maximum(_Elementwise):
+    """The larger of the two."""
+
+    def _apply(self, first: Codes, second: Codes) -> Codes:
+        return np.maximum(first, second)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Minimum(_Elementwise):
+    """The smaller of the two."""
+
+    def _apply(self, first: Codes, second: Codes) -> Codes:
+        return np.minimum(first, second)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Multiply(_Elementwise):
+    """Product, whose step is the product of the steps; of a tensor with itself, the square."""
+
+    def result(self, sources: Sequence[TensorType]) -> TensorType:
+        first, second = (source.format for source in sources)
+        if sources[0].shape != sources[1].shape:
+            raise InvalidInput(f"cannot merge {sources[0].shape} and {sources[1].shape}")
+        if first.width + second.width > MAX_WIDTH:
+            raise InvalidInput(f"products of {first} and {second} exceed {MAX_WIDTH} bits")
+        lo, hi = self._bounds(*(np.array(side) for side in (first.lo, second.lo, first.hi, second.hi)))
+        return TensorType(sources[0].shape, Fixed.enclosing(int(lo), int(hi), first.frac + second.frac))
+
+    def ranges(self, sources: Sequence[TensorType], ranges: Sequence[Ranges]) -> Ranges:
+        return Ranges(*self._bounds(ranges[0].lo, ranges[1].lo, ranges[0].hi, ranges[1].hi))
+
+    def run(self, sources: Sequence[TensorType], codes: Sequence[Codes]) -> Codes:
+        return self._apply(*codes)
+
+    def macs(self, result: TensorType) -> int:
+        return math.prod(result.shape)
+
+    def _apply(self, first: Codes, second: Codes) -> Codes:
+        return first * second
+
+    def _bounds(self, lo: Codes, other_lo: Codes, hi: Codes, other_hi: Codes) -> tuple[Codes, Codes]:
+        corners = np.stack([lo * other_lo, lo * other_hi, hi * other_lo, hi * other_hi])
+        smallest, largest = corners.min(axis=0), corners.max(axis=0)
+        if len(set(self.sources)) == 1:  # a product of two bounds is none of a square
+            smallest = np.where((lo <= 0) & (hi >= 0), 0, np.minimum(lo * lo, hi * hi))
+        return smallest, largest
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -579,7 +770,8 @@ class Concat(_Merge):
 
 Linear = Dense | Conv | DepthwiseConv | Scale
 Window = Conv | DepthwiseConv | MaxPool | AvgPool
-Merge = Add | Concat
+Elementwise = Add | Subtract | Maximum | Minimum | Multiply
+Merge = Elementwise | Concat
 Computed = (
     Quantize
     | Dense
@@ -587,12 +779,18 @@ Computed = (
     | DepthwiseConv
     | Scale
     | LeakyRelu
+    | Table
     | MaxPool
     | AvgPool
     | Pad
     | Upsample
     | Flatten
+    | Gather
     | Add
+    | Subtract
+    | Maximum
+    | Minimum
+    | Multiply
     | Concat
 )
 Op = Input | Computed

@@ -56,6 +56,21 @@ class Node:
     shape: tuple[int, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Final:
+    """A function at the very end of the user's model, which hardware leaves out.
+
+    Attributes:
+        name: of the function, such as `Tanh`.
+        function: of a batch of outputs, `(batch, *shape)`, channels first.
+        shape: of the output for one sample, channels first.
+    """
+
+    name: str
+    function: Callable[[Tensor], Tensor]
+    shape: tuple[int, ...]
+
+
 # --- layers that torch.nn does not have ------------------------------------------------------------------------------
 
 
@@ -222,6 +237,7 @@ class QModel(nn.Module):
         sites: the tensors to quantize, in network order.
         nodes: the layers, in execution order.
         notes: what instrumentation folded, removed or replaced, one sentence each.
+        finals: for each output, the function of the user's model that hardware leaves out; None where there is none.
     """
 
     def __init__(
@@ -231,10 +247,12 @@ class QModel(nn.Module):
         nodes: Iterable[Node],
         sites: Iterable[Site],
         notes: Iterable[str],
+        finals: Iterable[Final | None] = (),
     ) -> None:
         super().__init__()
         self.input_shape = input_shape
         self.nodes, self.sites, self.notes = tuple(nodes), tuple(sites), tuple(notes)
+        self.finals = tuple(finals)
         self.layers = nn.ModuleList(layers[node.name] for node in self.nodes)
         self._linears = [
             (weight_site(node.name), _bias(node.name), layer)
@@ -284,6 +302,22 @@ class QModel(nn.Module):
             holds: Holds = "format" if made else "source" if moved else "nothing"
             steps.append(Step(name=node.name, sources=node.sources, size=math.prod(node.shape), holds=holds))
         return moments(steps)
+
+    def finish(self, output: Tensor) -> Tensor:
+        """What the user's model returns, from what this one does: its final functions applied to `(batch, …)`."""
+        if not any(self.finals):
+            return output
+        if len(self.finals) == 1:
+            return self.finals[0].function(output) if self.finals[0] else output
+        (join,) = (node for node in self.nodes if isinstance(self.layers[self.nodes.index(node)], Join))
+        shapes = {node.name: node.shape for node in self.nodes}
+        parts = output.split([math.prod(shapes[name]) for name in join.sources], 1)
+        finished = []
+        for name, part, final in zip(join.sources, parts, self.finals, strict=True):
+            channels, *spatial = shapes[name]
+            tensor = part.unflatten(1, (*spatial, channels)).movedim(-1, 1)
+            finished.append(final.function(tensor) if final else tensor)
+        return joined(finished)
 
     def set_scheme(self, scheme: Scheme) -> None:
         """Freeze the formats of all sites.

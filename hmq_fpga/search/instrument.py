@@ -25,6 +25,7 @@ from hmq_fpga.search.graph import (
     Affine,
     AvgPool,
     Concat,
+    Final,
     Join,
     Node,
     Pad,
@@ -448,6 +449,8 @@ class _Builder:
         self._notes: list[str] = []
         self._tensor_of: dict[fx.Node, str] = {}
         self._clips: dict[str, float] = {}
+        self._final_of: dict[fx.Node, Final] = {}
+        self._finals: list[Final | None] = []
         self.returned: list[fx.Node] = []  # what the outputs were in the traced graph
         self.is_exact = True
 
@@ -472,7 +475,7 @@ class _Builder:
         for name, layer in self._layers.items():
             if isinstance(layer, AvgPool) and layer.values != layer.divisor:
                 self._settle_mean(name, layer)
-        return QModel(self._input_shape, self._layers, self._nodes.values(), self._sites, self._notes)
+        return QModel(self._input_shape, self._layers, self._nodes.values(), self._sites, self._notes, self._finals)
 
     def _return(self, result: Any) -> None:
         """End with the tensor that `forward` returns, or with several in a row."""
@@ -482,6 +485,7 @@ class _Builder:
             raise UnsupportedLayer("model: forward must return a tensor that it computed, or a tuple of such")
         if len(set(outputs)) < len(outputs):
             raise UnsupportedLayer(f"model: returns {self._nodes[outputs[-1]].path!r} more than once; return it once")
+        self._finals = [self._final_of.get(node) for node in returned]
         self.returned = [node.all_input_nodes[0] if self._kind(node) in _FINAL else node for node in returned]
         read = {source for node in self._nodes.values() for source in node.sources}
         if inside := read.intersection(outputs):
@@ -622,7 +626,17 @@ class _Builder:
         if any(user.op != "output" for user in node.users):
             raise UnsupportedLayer(f"{where}: is supported at the very end only, where it is removed; use ReLU here")
         self._notes.append(f"{path} removed: the hardware gives the values before it")
+        self._final_of[node] = Final(name=self._described(node)[1], function=self._call(node), shape=node.meta["shape"])
         return source
+
+    def _call(self, node: fx.Node) -> Callable[[Tensor], Tensor]:
+        """What a node with one tensor computes."""
+        if node.op == "call_module":
+            return self._modules[node.target]
+        arguments, named = node.args[1:], node.kwargs
+        if node.op == "call_method":
+            return lambda x: getattr(x, node.target)(*arguments, **named)
+        return lambda x: node.target(x, *arguments, **named)
 
     def _name(self, node: fx.Node, layer: nn.Module) -> str:
         """A C identifier close to the user's name; a module that is called twice gives two of them."""
