@@ -20,7 +20,7 @@ import torch
 
 from hmq_fpga.ir import cost, reference
 from hmq_fpga.search.freeze import freeze
-from hmq_fpga.search.instrument import instrument
+from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.methods import find_scheme
 from hmq_fpga.search.target import Target
 from hmq_fpga.search.train import finetune, fit

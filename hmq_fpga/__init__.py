@@ -16,7 +16,7 @@ _HOME = {
     "Task": "hmq_fpga.search.train:Task",
     "Budget": "hmq_fpga.search.train:Budget",
     "fit": "hmq_fpga.search.train:fit",
-    "instrument": "hmq_fpga.search.instrument:instrument",
+    "instrument": "hmq_fpga.search.reading:instrument",
     "HMQ": "hmq_fpga.search.quantizers:HMQ",
     "describe": "hmq_fpga.search.describe:describe",
     "Target": "hmq_fpga.search.target:Target",

@@ -16,7 +16,7 @@ from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.search.calibrate import scheme_of
 from hmq_fpga.search.freeze import freeze
 from hmq_fpga.search.graph import QModel
-from hmq_fpga.search.instrument import instrument
+from hmq_fpga.search.reading import instrument
 from tests.strategies import EITHER, SEEDS
 
 NORMS = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d}

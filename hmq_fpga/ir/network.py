@@ -59,7 +59,7 @@ class QNet:
         self._check_graph()
         self._check_outputs()
         for op in self.ops:
-            with _naming(op):
+            with naming(op):
                 op.check()
         _ = self.tensors
         if len(self.outputs) > 1:
@@ -120,7 +120,7 @@ class QNet:
         """Shape and format of every tensor, by op name. A linear op's format is wide enough to be exact."""
         types: dict[str, TensorType] = {}
         for op in self.ops:
-            with _naming(op):
+            with naming(op):
                 types[op.name] = op.result([types[name] for name in op.reads])
         return types
 
@@ -255,7 +255,7 @@ class QNet:
 
 
 @contextmanager
-def _naming(op: Op) -> Iterator[None]:
+def naming(op: Op) -> Iterator[None]:
     """Put the op's name in front of an error about it."""
     try:
         yield

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hmq_fpga.search.graph import LINEAR_LAYERS, Activation, Node, QModel, weight_site
+from hmq_fpga.search.graph import Node, QModel, weight_site
+from hmq_fpga.search.layers import LINEAR_LAYERS, Activation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,65 +1,66 @@
 """From a `QModel` with a scheme to the exact integer network.
 
-Channels-first becomes channels-last here, the order of flattened features included.
+PyTorch has an image's channels first, the network has them last, and a dense layer reads features in any order. So a
+tensor is known by where its values lie in the network, and is put into another order only where an operation needs it.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from hmq_fpga.ir import ops
-from hmq_fpga.ir.errors import InvalidInput, UnsupportedLayer
+from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import MAX_WIDTH, Codes, Fixed
-from hmq_fpga.ir.network import QNet
+from hmq_fpga.ir.network import QNet, naming
 from hmq_fpga.search.calibrate import scheme_of
-from hmq_fpga.search.graph import (
-    INPUT,
+from hmq_fpga.search.graph import Node, QModel, weight_site
+from hmq_fpga.search.layers import (
     Activation,
     Add,
     Affine,
     AvgPool,
+    Bilinear,
     Concat,
+    Function,
     Join,
-    Node,
+    Maximum,
+    MaxPool,
+    Minimum,
+    Move,
+    Multiply,
     Pad,
-    QModel,
+    Subtract,
     Upsample,
-    weight_site,
 )
 
 OUTLINE_BITS = 8
-Order = np.ndarray[Any, Any] | None  # of flattened features: which of PyTorch's each one is; None: the same
+Places = npt.NDArray[np.int64]
+_ELEMENTWISE: dict[type[nn.Module], type[Any]] = {
+    Add: ops.Add,
+    Subtract: ops.Subtract,
+    Multiply: ops.Multiply,
+    Maximum: ops.Maximum,
+    Minimum: ops.Minimum,
+}
 
 
 def freeze(model: QModel) -> QNet:
     """The exact integer network of a model whose scheme is set.
 
     Raises:
-        InvalidInput: when no scheme is set, or a weight is NaN.
-        UnsupportedLayer: when the output is a flattened image, whose order would differ from PyTorch's.
+        InvalidInput: when no scheme is set, a weight is NaN, or a table would have too many values.
     """
     if not model.formats:
         raise InvalidInput("model: no scheme is set, so there is nothing to freeze; search first")
-    shape = _channels_last(model.input_shape)
-    layers: list[ops.Op] = [ops.Input(name=INPUT, shape=shape, format=model.formats[INPUT])]
-    shapes = {INPUT: model.input_shape}
-    orders: dict[str, Order] = {INPUT: None}
-    for node, layer in zip(model.nodes, model.layers, strict=True):
-        if isinstance(layer, Join):  # the last one: a list of the outputs
-            break
-        shapes[node.name] = node.shape
-        layers.append(_freeze_layer(model, node, layer, orders[node.sources[0]]))
-        orders[node.name] = _order(layer, [(orders[name], shapes[name]) for name in node.sources])
-    outputs = model.nodes[-1].sources if isinstance(model.layers[-1], Join) else (model.nodes[-1].name,)
-    if any(orders[name] is not None for name in outputs):
-        raise UnsupportedLayer("model: its output is a flattened image; end with a Linear, or do not flatten")
-    return QNet(tuple(layers), outputs)
+    return _Freezer(model).net()
 
 
 def outline(model: QModel) -> QNet:
@@ -93,96 +94,295 @@ def run_codes(model: QModel, x: Tensor, output_format: Fixed) -> Codes:
     return _round(_array(output if output.ndim == 2 else output.movedim(1, -1)), output_format.frac)
 
 
-def _freeze_layer(model: QModel, node: Node, layer: nn.Module, order: Order) -> ops.Op:
-    name, source = node.name, node.sources[0]
-    match layer:
-        case nn.Linear() | nn.Conv1d() | nn.Conv2d() | Affine():
-            return _freeze_linear(model, node, layer, order)
-        case Activation():
-            return ops.Quantize(name=name, source=source, format=model.formats[name])
-        case nn.LeakyReLU():
-            return ops.LeakyRelu(name=name, source=source, shift=-_log2(layer.negative_slope))
-        case nn.MaxPool1d() | nn.MaxPool2d():
-            return ops.MaxPool(name=name, source=source, window=_sizes(layer.kernel_size), stride=_sizes(layer.stride))
-        case AvgPool() if layer.values == layer.divisor:
-            return ops.AvgPool(name=name, source=source, window=layer.window, stride=layer.stride)
-        case AvgPool():
-            return _sum_pool(node, layer)
-        case Pad():
-            return ops.Pad(name=name, source=source, padding=layer.padding)
-        case Upsample():
-            return ops.Upsample(name=name, source=source, factor=layer.factor)
-        case nn.Flatten():
-            return ops.Flatten(name=name, source=source)
-        case Add():
-            return ops.Add(name=name, sources=_pair(node.sources))
-        case Concat():
-            return ops.Concat(name=name, sources=_pair(node.sources))
-        case _:
-            raise AssertionError(f"instrument() made a layer that freeze() does not know: {layer}")
+# --- where values lie ------------------------------------------------------------------------------------------------
 
 
-def _order(layer: nn.Module, sources: list[tuple[Order, tuple[int, ...]]]) -> Order:
-    """Order of the features that a layer makes of sources with these orders and shapes."""
-    order, shape = sources[0]
-    match layer:
-        case nn.Linear():
-            return None
-        case nn.Flatten() if len(shape) > 1:
-            index = np.moveaxis(np.arange(math.prod(shape)).reshape(shape), 0, -1).ravel()
-            moved: Order = index if (np.diff(index) != 1).any() else None
-            return moved
-        case Concat() if any(other is not None for other, _ in sources):
-            first, second = (_positions(*source) for source in sources)
-            joined: Order = np.concatenate([first, len(first) + second])
-            return joined
-        case Add() if not np.array_equal(_positions(*sources[0]), _positions(*sources[1])):
-            raise UnsupportedLayer("model: adds a flattened image to features of another order; flatten after adding")
-        case _:
-            return order
+@dataclass(frozen=True, eq=False)
+class _Lying:
+    """Where a tensor of PyTorch's lies in the network.
 
-
-def _positions(order: Order, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    """The order spelled out where it is PyTorch's."""
-    return np.arange(shape[0]) if order is None else order
-
-
-def _freeze_linear(model: QModel, node: Node, layer: Any, order: Order) -> ops.Linear:
-    format_ = model.formats[weight_site(node.name)]
-    weight = format_.encode(_array(layer.weight))
-    common: dict[str, Any] = {"name": node.name, "source": node.sources[0], "weight_format": format_}
-    common["bias"] = _round(_array(layer.bias), -_log2(model.steps[node.name]))
-    every = slice(None) if order is None else order
-    if isinstance(layer, nn.Linear):
-        return ops.Dense(**common, weight=np.ascontiguousarray(weight.T[every]))
-    if isinstance(layer, Affine):
-        common["bias"] = np.ascontiguousarray(common["bias"][every])
-        return ops.Scale(**common, weight=np.ascontiguousarray(weight[every]))
-    windows: dict[str, Any] = {"stride": layer.stride, "padding": _padding(layer)}
-    if layer.groups > 1:
-        return ops.DepthwiseConv(**common, **windows, weight=np.moveaxis(weight[:, 0], 0, -1).copy())
-    return ops.Conv(**common, **windows, weight=np.moveaxis(weight, (1, 0), (-2, -1)).copy())
-
-
-def _sum_pool(node: Node, layer: AvgPool) -> ops.DepthwiseConv | ops.Conv:
-    """A mean over no power of two of values: their sum, by weights of one.
-
-    Keras has no depthwise convolution of two different strides; an ordinary one with zeros between channels does it.
+    Attributes:
+        op: name of the op whose tensor holds its values.
+        places: of its own shape for one sample: where in that tensor, counted in a row, a value lies; -1: it is zero.
+        name: for an op that has to put it into another order, if there is one that fits.
     """
+
+    op: str
+    places: Places
+    name: str = ""
+
+
+def _counted(shape: ops.Shape) -> Places:
+    return np.arange(math.prod(shape), dtype=np.int64).reshape(shape)
+
+
+class _Freezer:
+    """Walks over a model's layers and collects the ops."""
+
+    def __init__(self, model: QModel) -> None:
+        self._model = model
+        self._ops: dict[str, ops.Op] = {}
+        self._types: dict[str, ops.TensorType] = {}
+        self._tensors: dict[str, _Lying] = {}
+        self._reordered: dict[tuple[str, ops.Shape, bytes], str] = {}
+        self._names = {*model.inputs, *(node.name for node in model.nodes)}
+
+    def net(self) -> QNet:
+        for name, shape in self._model.inputs.items():
+            entry = ops.Input(name=name, shape=_channels_last(shape), format=self._model.formats[name])
+            self._tensors[name] = self._along(entry, 0)
+        outputs: tuple[str, ...] = ()
+        for node, layer in zip(self._model.nodes, self._model.layers, strict=True):
+            if isinstance(layer, Join):
+                outputs = node.sources
+            else:
+                self._tensors[node.name] = self._freeze(node, layer)
+        read = [self._channels_last(self._tensors[name], name) for name in outputs or [self._model.nodes[-1].name]]
+        return QNet(tuple(self._ops.values()), tuple(read))
+
+    def _freeze(self, node: Node, layer: nn.Module) -> _Lying:
+        name, formats = node.name, self._model.formats
+        sources = [self._tensors[source] for source in node.sources]
+        x = sources[0]
+        match layer:
+            case nn.Linear():
+                return self._dense(node, layer, x)
+            case nn.Conv1d() | nn.Conv2d():
+                return self._convolution(node, layer, x)
+            case nn.ConvTranspose1d() | nn.ConvTranspose2d():
+                return self._transposed_convolution(node, layer, x)
+            case Affine():
+                return self._affine(node, layer, x)
+            case Activation():
+                x = self._whole(x, name)
+                return self._in_place(ops.Quantize(name=name, source=x.op, format=formats[name]), x)
+            case Function():
+                x, values = self._whole(x, name), formats[name].encode(_array(self._model.tables[name]))
+                return self._in_place(ops.Table(name=name, source=x.op, values=values, format=formats[name]), x)
+            case nn.LeakyReLU():
+                x = self._whole(x, name)
+                return self._in_place(ops.LeakyRelu(name=name, source=x.op, shift=-_log2(layer.negative_slope)), x)
+            case MaxPool():
+                source = self._padded_for_maximum(x, layer, name)
+                return self._along(ops.MaxPool(name=name, source=source, window=layer.window, stride=layer.stride), 0)
+            case AvgPool():
+                return self._along(_average(node, layer, self._channels_last(x, name)), 0)
+            case Bilinear():
+                return self._bilinear(node, layer, x)
+            case Pad():
+                return self._along(ops.Pad(name=name, source=self._channels_last(x, name), padding=layer.padding), 0)
+            case Upsample():
+                return self._along(ops.Upsample(name=name, source=self._channels_last(x, name), factor=layer.factor), 0)
+            case Move():
+                index = layer.index.cpu().numpy()
+                return _Lying(x.op, np.where(index < 0, -1, x.places.ravel()[index]), name)
+            case Add() | Subtract() | Multiply() | Maximum() | Minimum():
+                first = self._whole(x, name)
+                held = self._types[first.op].shape
+                second = self._ordered(sources[1], np.argsort(first.places, axis=None).reshape(held), name)
+                return self._in_place(_ELEMENTWISE[type(layer)](name=name, sources=(first.op, second)), first)
+            case Concat():
+                return self._concat(node, layer.axis, sources)
+            case _:
+                raise AssertionError(f"instrument() made a layer that freeze() does not know: {layer}")
+
+    # order
+
+    def _add(self, op: ops.Op) -> str:
+        with naming(op):
+            op.check()
+            self._types[op.name] = op.result([self._types[name] for name in op.reads])
+        self._ops[op.name] = op
+        return op.name
+
+    def _along(self, op: ops.Op, axis: int) -> _Lying:
+        """The tensor of a new op, whose channels are PyTorch's dimension `axis`."""
+        return _Lying(self._add(op), np.moveaxis(_counted(self._types[op.name].shape), -1, axis))
+
+    def _in_place(self, op: ops.Op, x: _Lying) -> _Lying:
+        """The tensor of a new op that leaves every value where it is."""
+        return _Lying(self._add(op), x.places, x.name)
+
+    def _whole(self, x: _Lying, reader: str) -> _Lying:
+        """`x` in a tensor that holds each of its values once and nothing else."""
+        size = math.prod(self._types[x.op].shape)
+        if x.places.size == size and (np.bincount(x.places.ravel() + 1, minlength=size + 1)[1:] == 1).all():
+            return x
+        return _Lying(self._channels_last(x, reader), np.moveaxis(_counted(_channels_last(x.places.shape)), -1, 0))
+
+    def _channels_last(self, x: _Lying, reader: str) -> str:
+        """Name of a tensor that holds `x` with its first dimension last."""
+        return self._ordered(x, np.moveaxis(_counted(x.places.shape), 0, -1), reader)
+
+    def _ordered(self, x: _Lying, order: Places, reader: str) -> str:
+        """Name of a tensor in which the values of `x` lie in an order, given by their places in PyTorch's row."""
+        index = x.places.ravel()[order]
+        held = self._types[x.op].shape
+        if np.array_equal(index, _counted(held)):
+            return x.op
+        key = x.op, index.shape, index.tobytes()
+        if key not in self._reordered:
+            self._reordered[key] = self._reorder(x, index, reader)
+        return self._reordered[key]
+
+    def _reorder(self, x: _Lying, index: Places, reader: str) -> str:
+        held = self._types[x.op].shape
+        name = x.name if x.name and x.name not in self._ops else self._free(f"{reader}_read")
+        if index.ndim == 1 and np.array_equal(index, np.arange(math.prod(held))):
+            return self._add(ops.Flatten(name=name, source=x.op))
+        return self._add(ops.Gather(name=name, source=x.op, index=np.ascontiguousarray(index)))
+
+    def _free(self, base: str) -> str:
+        name, n = base, 1
+        while name in self._ops or name in self._names:
+            name, n = f"{base}_{n}", n + 1
+        return name
+
+    def _flat(self, x: _Lying, reader: str) -> tuple[str, Places]:
+        """Name of a tensor of one dimension that holds `x`, and in which order: PyTorch's place of each value."""
+        x = self._whole(x, reader)
+        order = np.argsort(x.places, axis=None)
+        return self._ordered(x, order, reader), order
+
+    # layers
+
+    def _constants(self, node: Node, layer: Any) -> tuple[Codes, dict[str, Any]]:
+        """Weight codes as PyTorch has them, and the other fields of a linear op, but for its source."""
+        format_ = self._model.formats[weight_site(node.name)]
+        bias = _round(_array(layer.bias), -_log2(self._model.steps[node.name]))
+        return format_.encode(_array(layer.weight)), {"name": node.name, "weight_format": format_, "bias": bias}
+
+    def _dense(self, node: Node, layer: nn.Linear, x: _Lying) -> _Lying:
+        weight, fields = self._constants(node, layer)
+        if x.places.ndim == 1:
+            source, order = self._flat(x, node.name)
+            weight = weight[:, order]
+        else:
+            source = self._ordered(x, _counted(x.places.shape), node.name)
+        return self._along(ops.Dense(**fields, source=source, weight=np.ascontiguousarray(weight.T)), -1)
+
+    def _affine(self, node: Node, layer: Affine, x: _Lying) -> _Lying:
+        weight, fields = self._constants(node, layer)
+        if layer.axis is None or x.places.ndim == 1:
+            source, order = self._flat(x, node.name)
+            fields["bias"] = np.ascontiguousarray(fields["bias"][order])
+            made = self._add(ops.Scale(**fields, source=source, weight=np.ascontiguousarray(weight[order])))
+            return _Lying(made, np.argsort(order).reshape(x.places.shape))
+        order = np.moveaxis(_counted(x.places.shape), layer.axis, -1)
+        source = self._ordered(x, order, node.name)
+        return self._along(ops.Scale(**fields, source=source, weight=weight), layer.axis)
+
+    def _convolution(self, node: Node, layer: nn.Conv1d | nn.Conv2d, x: _Lying) -> _Lying:
+        weight, fields = self._constants(node, layer)
+        fields |= {"stride": layer.stride, "padding": _padding(layer), "dilation": _dilation(layer)}
+        fields["source"] = self._channels_last(x, node.name)
+        if layer.groups > 1 and layer.groups == layer.in_channels == layer.out_channels:
+            return self._along(ops.DepthwiseConv(**fields, weight=np.moveaxis(weight[:, 0], 0, -1).copy()), 0)
+        weight = np.moveaxis(weight, (1, 0), (-2, -1)).copy()
+        return self._along(ops.Conv(**fields, weight=weight, groups=layer.groups), 0)
+
+    def _transposed_convolution(self, node: Node, layer: nn.ConvTranspose1d | nn.ConvTranspose2d, x: _Lying) -> _Lying:
+        """Zeros between the values that are read, and a convolution with the weights turned round."""
+        weight, fields = self._constants(node, layer)
+        reach = [(k - 1) * d for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
+        settings: Any = layer.padding, layer.output_padding
+        pads = [(r - p, r - p + more) for r, p, more in zip(reach, *settings, strict=True)]
+        spread = [
+            [
+                place // step if place % step == 0 else -1
+                for place in range(max(-before, 0), (n - 1) * step + 1 + min(after, 0))
+            ]
+            for n, step, (before, after) in zip(x.places.shape[1:], layer.stride, pads, strict=True)
+        ]
+        source = self._spread(x, spread, node.name)
+        groups, spatial = layer.groups, tuple(range(2, weight.ndim))
+        turned = np.flip(weight, spatial).reshape(groups, -1, *weight.shape[1:])  # group, channels, outputs, kernel
+        turned = np.moveaxis(turned, (1, 0, 2), (-3, -2, -1))
+        turned = np.ascontiguousarray(turned.reshape(*turned.shape[:-2], -1))
+        padding = tuple((max(before, 0), max(after, 0)) for before, after in pads)
+        fields |= {"stride": (1,) * len(spatial), "padding": padding, "dilation": _dilation(layer)}
+        return self._along(ops.Conv(**fields, source=source, weight=turned, groups=groups), 0)
+
+    def _bilinear(self, node: Node, layer: Bilinear, x: _Lying) -> _Lying:
+        """A triangle of weights over the values with their edges repeated and zeros between them."""
+        triangles, spread = [], []
+        for n, factor in zip(x.places.shape[1:], layer.factor, strict=True):
+            if factor == 1:
+                triangles.append([1])
+                spread.append(list(range(n)))
+                continue
+            triangles.append([2 * factor - abs(2 * i - 2 * factor + 1) for i in range(2 * factor)])
+            places = [i + 1 - factor // 2 for i in range((n + 2) * factor - 1)]
+            spread.append([min(max(i // factor - 1, 0), n - 1) if i % factor == 0 else -1 for i in places])
+        kernel = np.array(triangles[0]) if len(triangles) == 1 else np.outer(triangles[0], triangles[1])
+        channels = x.places.shape[0]
+        weight = np.repeat(kernel.astype(np.int64)[..., None], channels, axis=-1)
+        op = ops.DepthwiseConv(
+            name=node.name,
+            source=self._spread(x, spread, node.name),
+            weight=weight,
+            weight_format=Fixed.enclosing(0, int(weight.max()), -_log2(layer.step)),
+            bias=np.zeros(channels, np.int64),
+            stride=(1,) * len(spread),
+            padding=((0, 0),) * len(spread),
+        )
+        return self._along(op, 0)
+
+    def _spread(self, x: _Lying, spread: list[list[int]], reader: str) -> str:
+        """Name of an image whose rows and columns are those of `x` by number, and zero where that is -1."""
+        places = np.moveaxis(x.places, 0, -1)
+        for axis, numbers in enumerate(spread):
+            index = np.array(numbers)
+            places = np.where(
+                np.expand_dims(index < 0, tuple(range(1, places.ndim - axis))), -1, places.take(index, axis)
+            )
+        lying = _Lying(x.op, np.moveaxis(places, -1, 0), self._free(f"{reader}_spread"))
+        return self._channels_last(lying, reader)
+
+    def _padded_for_maximum(self, x: _Lying, layer: MaxPool, name: str) -> str:
+        """Name of the image behind a rim of the smallest code."""
+        source = self._channels_last(x, name)
+        if not np.any(layer.padding):
+            return source
+        held, padding = self._types[source], self._free(f"{name}_padding")
+        if not held.format.signed:
+            return self._add(ops.Pad(name=padding, source=source, padding=layer.padding))
+        index = np.pad(_counted(held.shape), (*layer.padding, (0, 0)), constant_values=-1)
+        return self._add(ops.Gather(name=padding, source=source, index=index, fill=held.format.lo))
+
+    def _concat(self, node: Node, axis: int, sources: list[_Lying]) -> _Lying:
+        if sources[0].places.ndim == 1:
+            flat = [self._flat(x, node.name) for x in sources]
+            starts = np.cumsum([0, *(len(order) for _, order in flat)])
+            order = np.concatenate([start + order for start, (_, order) in zip(starts, flat, strict=False)])
+            return _Lying(self._side_by_side(node.name, [name for name, _ in flat]), np.argsort(order))
+        orders = [np.moveaxis(_counted(x.places.shape), axis, -1) for x in sources]
+        names = [self._ordered(x, order, node.name) for x, order in zip(sources, orders, strict=True)]
+        made = self._side_by_side(node.name, names)
+        return _Lying(made, np.moveaxis(_counted(self._types[made].shape), -1, axis))
+
+    def _side_by_side(self, name: str, sources: list[str]) -> str:
+        joined = sources[0]
+        for n, source in enumerate(sources[1:], 2):
+            own = name if n == len(sources) else self._free(f"{name}_of_{n}")
+            joined = self._add(ops.Concat(name=own, sources=(joined, source)))
+        return joined
+
+
+def _average(node: Node, layer: AvgPool, source: str) -> ops.AvgPool | ops.DepthwiseConv:
+    """A mean, or where a window does not hold the divisor's number of values, their sum by weights of one."""
+    if layer.values == layer.divisor:
+        return ops.AvgPool(name=node.name, source=source, window=layer.window, stride=layer.stride)
     channels, *positions = node.shape
-    stride = layer.stride if max(positions) > 1 else tuple(max(layer.stride) for _ in positions)
-    weight = np.ones((*layer.window, channels), np.int64)
-    common: dict[str, Any] = {
-        "name": node.name,
-        "source": node.sources[0],
-        "weight_format": Fixed(signed=False, width=1, frac=_log2(layer.divisor)),
-        "bias": np.zeros(channels, np.int64),
-        "stride": stride,
-        "padding": tuple((0, 0) for _ in layer.window),
-    }
-    if len(set(stride)) == 1:
-        return ops.DepthwiseConv(**common, weight=weight)
-    return ops.Conv(**common, weight=weight[..., None] * np.eye(channels, dtype=np.int64))
+    return ops.DepthwiseConv(
+        name=node.name,
+        source=source,
+        weight=np.ones((*layer.window, channels), np.int64),
+        weight_format=Fixed(signed=False, width=1, frac=_log2(layer.divisor)),
+        bias=np.zeros(channels, np.int64),
+        stride=layer.stride if max(positions) > 1 else tuple(max(layer.stride) for _ in positions),
+        padding=tuple((0, 0) for _ in layer.window),
+    )
 
 
 def _padding(layer: nn.Conv1d | nn.Conv2d) -> ops.Padding:
@@ -190,18 +390,13 @@ def _padding(layer: nn.Conv1d | nn.Conv2d) -> ops.Padding:
     if layer.padding == "valid":
         return tuple((0, 0) for _ in layer.kernel_size)
     if layer.padding == "same":
-        return tuple(((k - 1) // 2, k - 1 - (k - 1) // 2) for k in layer.kernel_size)
+        totals = [d * (k - 1) for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
+        return tuple((total // 2, total - total // 2) for total in totals)
     return tuple((n, n) for n in layer.padding)  # type: ignore[misc]
 
 
-def _sizes(given: Any) -> ops.Shape:
-    """Of the layers that `instrument` makes: always a tuple."""
-    return tuple(given)
-
-
-def _pair(sources: tuple[str, ...]) -> tuple[str, str]:
-    first, second = sources
-    return first, second
+def _dilation(layer: nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d | nn.ConvTranspose2d) -> ops.Shape:
+    return tuple(layer.dilation) if set(layer.dilation) != {1} else ()
 
 
 def _log2(power: float) -> int:

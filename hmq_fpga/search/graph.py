@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +17,20 @@ from hmq_fpga.ir.cost import Holds, Step, moments
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.ir.scheme import Kind, Scheme
+from hmq_fpga.search.layers import (
+    FORMATTED_LAYERS,
+    LINEAR_LAYERS,
+    MOVING_LAYERS,
+    Activation,
+    Affine,
+    AvgPool,
+    Bilinear,
+    Function,
+    Move,
+    Multiply,
+    joined,
+    parted,
+)
 from hmq_fpga.search.quantizers import Grid, TrainedGrid, fake_quantize, fake_quantize_all, quantized_linear, recomputed
 
 INPUT = "input"
@@ -71,125 +85,6 @@ class Final:
     shape: tuple[int, ...]
 
 
-# --- layers that torch.nn does not have ------------------------------------------------------------------------------
-
-
-class Activation(nn.Module):
-    """A place where hardware rounds and saturates, after a ReLU or by itself.
-
-    Args:
-        relu: whether negative values become zero.
-        limit_log2: values are clipped to `2**limit_log2`, which no threshold may exceed.
-    """
-
-    def __init__(self, *, relu: bool, limit_log2: int | None = None) -> None:
-        super().__init__()
-        self.relu, self.limit_log2 = relu, limit_log2
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Tensor before its quantizer, of any shape."""
-        if self.limit_log2 is not None:
-            limit = 2.0**self.limit_log2
-            return x.clamp(0.0 if self.relu else -limit, limit)
-        return torch.relu(x) if self.relu else x
-
-
-class Affine(nn.Module):
-    """`x * weight + bias` per channel: a BatchNorm that no neighbouring layer can take."""
-
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
-
-
-class AvgPool(nn.Module):
-    """Sums over windows divided by a power of two.
-
-    The mean itself where a window holds so many values; else the mean times `values / divisor`, whose inverse the
-    neighbouring layers have taken.
-    """
-
-    def __init__(self, window: tuple[int, ...], stride: tuple[int, ...]) -> None:
-        super().__init__()
-        self.window, self.stride = window, stride
-        self.values = math.prod(window)
-        self.divisor = 1 << (self.values.bit_length() - 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(batch, channels, *spatial)` to the windows' figures."""
-        if len(self.window) == 1:
-            sums = F.avg_pool2d(x.unsqueeze(2), (1, *self.window), (1, *self.stride), divisor_override=1).squeeze(2)
-        else:
-            sums = F.avg_pool2d(x, self.window, self.stride, divisor_override=1)
-        return sums * (1 / self.divisor)
-
-
-class Pad(nn.Module):
-    """Zeros around every channel; `padding` is (before, after) for each spatial dimension, in order."""
-
-    def __init__(self, padding: tuple[tuple[int, int], ...]) -> None:
-        super().__init__()
-        self.padding = padding
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(batch, channels, *spatial)`, padded."""
-        return F.pad(x, [n for pair in reversed(self.padding) for n in pair])
-
-
-class Upsample(nn.Module):
-    """Every value repeated along each spatial dimension."""
-
-    def __init__(self, factor: tuple[int, ...]) -> None:
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(batch, channels, *spatial)`, larger by `factor`."""
-        for dim, factor in enumerate(self.factor, 2):
-            x = x.repeat_interleave(factor, dim)
-        return x
-
-
-class Add(nn.Module):
-    """The sum of two tensors of one shape."""
-
-    def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        """Both of one shape."""
-        return first + second
-
-
-class Concat(nn.Module):
-    """Two tensors side by side along the channels."""
-
-    def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        """`(batch, channels, …)`, of one shape but for the channels."""
-        return torch.cat((first, second), 1)
-
-
-class Join(nn.Module):
-    """Several outputs as one tensor; see `joined`."""
-
-    def forward(self, *outputs: Tensor) -> Tensor:
-        """Each `(batch, …)`."""
-        return joined(outputs)
-
-
-def joined(outputs: Tensor | Sequence[Tensor]) -> Tensor:
-    """What a model returns as one tensor: its only output, or all values of several in a row, `(batch, values)`.
-
-    Each of several is flattened with its channels last, as hardware has them.
-    """
-    if isinstance(outputs, Tensor):
-        return outputs
-    if len(outputs) == 1:
-        return outputs[0]
-    return torch.cat([output.movedim(1, -1).flatten(1) for output in outputs], 1)
-
-
-LINEAR_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, Affine)
-MOVING_LAYERS = (nn.MaxPool1d, nn.MaxPool2d, Pad, Upsample, nn.Flatten)
-
-
 def weight_site(layer: str) -> str:
     """Site name of a layer's weight."""
     return f"{layer}.weight"
@@ -219,8 +114,12 @@ def _linear(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor
         case nn.Linear():
             return F.linear(x, weight, bias)
         case Affine():
-            channels = (-1, *(1,) * (x.ndim - 2))
-            return x * weight.view(channels) + bias.view(channels)
+            along = x.shape[1:] if layer.axis is None else (-1, *(1,) * (x.ndim - 2 - layer.axis))
+            return x * weight.view(along) + bias.view(along)
+        case nn.ConvTranspose1d() | nn.ConvTranspose2d():
+            convolve = F.conv_transpose1d if isinstance(layer, nn.ConvTranspose1d) else F.conv_transpose2d
+            windows = layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation
+            return convolve(x, weight, bias, *windows)  # type: ignore[arg-type]
         case _:
             convolved: Tensor = layer._conv_forward(x, weight, bias)  # type: ignore[operator]
             return convolved
@@ -233,7 +132,7 @@ class QModel(nn.Module):
     gradients: weights, input and activations rounded and saturated, biases rounded to their accumulator's grid.
 
     Attributes:
-        input_shape: shape of one sample, channels first.
+        inputs: shape of one sample of each input by name, channels first.
         sites: the tensors to quantize, in network order.
         nodes: the layers, in execution order.
         notes: what instrumentation folded, removed or replaced, one sentence each.
@@ -242,7 +141,7 @@ class QModel(nn.Module):
 
     def __init__(
         self,
-        input_shape: tuple[int, ...],
+        inputs: Mapping[str, tuple[int, ...]],
         layers: Mapping[str, nn.Module],
         nodes: Iterable[Node],
         sites: Iterable[Site],
@@ -250,7 +149,7 @@ class QModel(nn.Module):
         finals: Iterable[Final | None] = (),
     ) -> None:
         super().__init__()
-        self.input_shape = input_shape
+        self.inputs = dict(inputs)
         self.nodes, self.sites, self.notes = tuple(nodes), tuple(sites), tuple(notes)
         self.finals = tuple(finals)
         self.layers = nn.ModuleList(layers[node.name] for node in self.nodes)
@@ -265,13 +164,22 @@ class QModel(nn.Module):
         self._formats: dict[str, Fixed] = {}
         self._grids: dict[str, Grid] = {}
         self._steps: dict[str, float] = {}
+        self._tables: dict[str, Tensor] = {}
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of one sample, channels first; several inputs stand in a row, see `layers.joined`."""
+        shapes = list(self.inputs.values())
+        return shapes[0] if len(shapes) == 1 else (sum(map(math.prod, shapes)),)
 
     def _of_dense_layers(self) -> set[str]:
         """Weights and biases of dense layers, and what has a format and is read by one dense layer alone."""
-        dense = [node for node, layer in zip(self.nodes, self.layers, strict=True) if isinstance(layer, nn.Linear)]
+        layers = zip(self.nodes, self.layers, strict=True)
+        dense = [node for node, layer in layers if isinstance(layer, nn.Linear) and len(node.shape) == 1]
         made = {node.name for node, layer in zip(self.nodes, self.layers, strict=True) if isinstance(layer, Activation)}
         reads = Counter(source for node in self.nodes for source in node.sources)
-        lone = {source for node in dense for source in node.sources if source in {INPUT, *made} and reads[source] == 1}
+        formatted = {*self.inputs, *made}
+        lone = {source for node in dense for source in node.sources if source in formatted and reads[source] == 1}
         return lone.union(*((weight_site(node.name), _bias(node.name)) for node in dense))
 
     @property
@@ -296,9 +204,9 @@ class QModel(nn.Module):
     @cached_property
     def moments(self) -> list[dict[str, int]]:
         """How many values are held in the formats of which sites, whenever one was made: see `cost.moments`."""
-        steps = [Step(name=INPUT, sources=(), size=math.prod(self.input_shape), holds="format")]
+        steps = [Step(name=n, sources=(), size=math.prod(s), holds="format") for n, s in self.inputs.items()]
         for node, layer in zip(self.nodes, self.layers, strict=True):
-            made, moved = isinstance(layer, Activation), isinstance(layer, MOVING_LAYERS)
+            made, moved = isinstance(layer, FORMATTED_LAYERS), isinstance(layer, MOVING_LAYERS)
             holds: Holds = "format" if made else "source" if moved else "nothing"
             steps.append(Step(name=node.name, sources=node.sources, size=math.prod(node.shape), holds=holds))
         return moments(steps)
@@ -309,15 +217,9 @@ class QModel(nn.Module):
             return output
         if len(self.finals) == 1:
             return self.finals[0].function(output) if self.finals[0] else output
-        (join,) = (node for node in self.nodes if isinstance(self.layers[self.nodes.index(node)], Join))
         shapes = {node.name: node.shape for node in self.nodes}
-        parts = output.split([math.prod(shapes[name]) for name in join.sources], 1)
-        finished = []
-        for name, part, final in zip(join.sources, parts, self.finals, strict=True):
-            channels, *spatial = shapes[name]
-            tensor = part.unflatten(1, (*spatial, channels)).movedim(-1, 1)
-            finished.append(final.function(tensor) if final else tensor)
-        return joined(finished)
+        parts = parted(output, [shapes[name] for name in self.nodes[-1].sources])
+        return joined([final.function(x) if final else x for final, x in zip(self.finals, parts, strict=True)])
 
     def set_scheme(self, scheme: Scheme) -> None:
         """Freeze the formats of all sites.
@@ -337,17 +239,49 @@ class QModel(nn.Module):
                 raise InvalidInput(f"tensor {node.name!r} is clipped at 2**{limit}: its threshold must not exceed that")
         self._formats = formats
         self._grids = {name: Grid.of(f) for name, f in formats.items()}
-        self._steps = {INPUT: formats[INPUT].step}
+        self._steps = {name: formats[name].step for name in self.inputs}
+        self._tables = {}
         for node, layer in zip(self.nodes, self.layers, strict=True):
             self._steps[node.name] = self._step(node, layer)
+            if isinstance(layer, Function):
+                self._tables[node.name] = self._table(node, layer)
             if isinstance(layer, LINEAR_LAYERS):
                 self._grids[_bias(node.name)] = Grid.unbounded(self._steps[node.name])
+
+    def origin(self, tensor: str) -> str:
+        """Where a tensor's format was given to it, if it has one: what only moved its values is passed by."""
+        layers = dict(zip((node.name for node in self.nodes), zip(self.nodes, self.layers, strict=True), strict=True))
+        while tensor in layers and isinstance(layers[tensor][1], MOVING_LAYERS):
+            (tensor,) = layers[tensor][0].sources
+        return tensor
+
+    @property
+    def tables(self) -> Mapping[str, Tensor]:
+        """Values of each `Function` by the code that it reads, in ascending order; empty for a float model."""
+        return self._tables
+
+    @torch.no_grad()
+    def _table(self, node: Node, layer: Function) -> Tensor:
+        """Computed in float64, once, whatever the model's type."""
+        read, made = self._formats[self.origin(node.sources[0])], self._formats[node.name]
+        values = layer.function(torch.arange(read.lo, read.hi + 1, dtype=torch.float64) * read.step)
+        return fake_quantize(values, Grid.of(made))
+
+    def _looked_up(self, node: Node, x: Tensor, tensor: Tensor) -> Tensor:
+        """A function's quantized values, with the gradient of the float ones."""
+        read, table = self._formats[self.origin(node.sources[0])], self._tables[node.name]
+        values = table.to(x)[(x.detach() / read.step - read.lo).long()]
+        return values + (tensor - tensor.detach())
 
     def _step(self, node: Node, layer: nn.Module) -> float:
         source = min(self._steps[name] for name in node.sources)
         match layer:
-            case Activation():
+            case Activation() | Function():
                 return self._formats[node.name].step
+            case Multiply():
+                return math.prod(self._steps[name] for name in node.sources)
+            case Bilinear():
+                return source * layer.step
             case nn.LeakyReLU():
                 return source * layer.negative_slope
             case AvgPool():
@@ -363,7 +297,7 @@ class QModel(nn.Module):
         grids: Mapping[str, Grid] | Mapping[str, TrainedGrid] | None = None,
         observe: Callable[[str, Tensor], None] | None = None,
     ) -> Tensor:
-        """Output for `x`, `(batch, *input_shape)`.
+        """Output for `x`, `(batch, *input_shape)`; several inputs, and several outputs, stand in a row.
 
         Args:
             x: real inputs.
@@ -371,21 +305,24 @@ class QModel(nn.Module):
             observe: called with the name and the unquantized tensor of the input and of every activation.
         """
         grids = self._grids if grids is None else grids
-        x = _channels_last(x)
+        inputs = {
+            name: _channels_last(part)
+            for name, part in zip(self.inputs, parted(x, list(self.inputs.values())), strict=True)
+        }
         if observe:
-            observe(INPUT, x)
+            for name, tensor in inputs.items():
+                observe(name, tensor)
         # What dense layers quantize for themselves, by name
         dense = () if observe or torch.is_autocast_enabled(x.device.type) else self._dense
-        values = {**self._parameters_by_site, INPUT: x}
+        values = {**self._parameters_by_site, **inputs}
         if names := [name for name in values if name in grids and name not in dense]:
             quantized = fake_quantize_all([values[name] for name in names], [grids[name] for name in names])
             values |= zip(names, quantized, strict=True)
 
-        tensors = {INPUT: values[INPUT]}
+        tensors = {name: values[name] for name in inputs}
         relus: set[str] = set()  # that a dense layer is to apply
         origins: dict[str, tuple[Tensor, Grid | TrainedGrid]] = {}  # what tensors were quantized from, and how
-        if INPUT in grids and INPUT not in dense:
-            origins[INPUT] = x, grids[INPUT]
+        origins |= {name: (x, grids[name]) for name, x in inputs.items() if name in grids and name not in dense}
         for node, layer, read in zip(self.nodes, self.layers, self._last_reads, strict=True):
             name, sources = node.name, [tensors[source] for source in node.sources]
             if isinstance(layer, Activation):
@@ -399,6 +336,16 @@ class QModel(nn.Module):
                 elif name in grids:
                     origins[name] = tensor, grids[name]
                     tensor = fake_quantize(tensor, grids[name], relu=fused)
+                tensors[name] = tensor
+                del tensor
+            elif isinstance(layer, Function):
+                tensor = layer(*sources)
+                if observe:
+                    observe(name, tensor)
+                if grids is self._grids and name in grids:
+                    tensor = self._looked_up(node, sources[0], tensor)
+                elif name in grids:
+                    tensor = fake_quantize(tensor, grids[name])
                 tensors[name] = tensor
                 del tensor
             else:
@@ -417,7 +364,7 @@ class QModel(nn.Module):
                             tensors[name] = _linear(layer, sources[0], *parameters)
                     else:
                         tensors[name] = layer(*sources)
-                if origin and isinstance(layer, nn.Flatten):
+                if origin and isinstance(layer, Move) and layer.is_reshape:
                     origins[name] = origin
             del sources
             for done in read:

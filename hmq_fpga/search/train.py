@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hmq_fpga.search.graph import QModel, joined
+from hmq_fpga.search.graph import QModel
+from hmq_fpga.search.layers import joined
 from hmq_fpga.search.optimizer import RAdam
 
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -418,7 +418,7 @@ from torch import nn
 from hmq_fpga.deploy.hls.project import HlsProject
 from hmq_fpga.ir import reference
 from hmq_fpga.search.freeze import outline
-from hmq_fpga.search.instrument import instrument
+from hmq_fpga.search.reading import instrument
 net = outline(instrument(nn.Sequential(nn.Linear(2048, 1500)), (2048,)))
 x = np.random.default_rng(0).normal(size=(2, 2048)).astype(np.float32)
 np.testing.assert_array_equal(HlsProject.create(net, Path("hls")).predict(x), reference.run(net, x))

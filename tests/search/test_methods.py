@@ -10,10 +10,10 @@ from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.search import kernels
 from hmq_fpga.search.calibrate import max_thresholds_log2
 from hmq_fpga.search.freeze import freeze, run_codes
-from hmq_fpga.search.instrument import instrument
 from hmq_fpga.search.methods import METHODS, find_scheme
 from hmq_fpga.search.methods.hmq import HmqOptions, Schedule, missed_rate_slope
 from hmq_fpga.search.optimizer import BETAS, RAdam
+from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.target import Target, cheapest_bits, meets
 from hmq_fpga.search.train import Budget, Recorder, evaluate, finetune, fit
 

@@ -2,8 +2,8 @@ import numpy as np
 
 from hmq_fpga.ir import cost
 from hmq_fpga.search.freeze import freeze
-from hmq_fpga.search.instrument import instrument
 from hmq_fpga.search.methods import find_scheme
+from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.target import Target
 from hmq_fpga.search.train import Budget, evaluate, finetune
 from hmq_fpga.search.zeros import ZeroPull, share_of_zeros, widen_thresholds

@@ -2,7 +2,7 @@ import pytest
 from torch import nn
 
 from hmq_fpga.ir.errors import InvalidInput
-from hmq_fpga.search.instrument import instrument
+from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.target import Target
 from hmq_fpga.study.tasks import TASKS, resolve
 

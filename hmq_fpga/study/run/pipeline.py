@@ -27,8 +27,9 @@ from hmq_fpga.ir.network import QNet
 from hmq_fpga.ir.scheme import Scheme
 from hmq_fpga.search.describe import description
 from hmq_fpga.search.freeze import freeze, outline, run_codes
-from hmq_fpga.search.graph import Join, QModel
-from hmq_fpga.search.instrument import instrument
+from hmq_fpga.search.graph import QModel
+from hmq_fpga.search.layers import Join
+from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.methods import check_budget, find_scheme, make_options
 from hmq_fpga.search.target import Target
 from hmq_fpga.search.train import Listener, finetune, fit, predict

@@ -1,0 +1,694 @@
+"""The operation table: how each of PyTorch's operations becomes layers.
+
+An entry is a function with the operation's name; its arguments are those of the operation that it understands, by
+PyTorch's names, the tensor that is read being `x`. Whatever else the operation takes must be as usual.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hmq_fpga.ir.errors import UnsupportedLayer
+from hmq_fpga.search.layers import (
+    Activation,
+    Add,
+    AvgPool,
+    Bilinear,
+    Concat,
+    Function,
+    Maximum,
+    MaxPool,
+    Minimum,
+    Multiply,
+    Pad,
+    Shape,
+    Subtract,
+    Upsample,
+)
+from hmq_fpga.search.reading.reader import Finished, Read, Reader, Value, require_constant
+
+TABLE: dict[str, Read] = {}
+ABOUT: dict[str, str] = {}  # what each entry says of itself to users
+
+MOVES = frozenset(
+    [
+        *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel", "view_as", "reshape_as"),
+        *("permute", "transpose", "t", "movedim", "moveaxis", "swapaxes", "swapdims", "numpy_T", "mT", "matrix_H"),
+        *("slice", "select", "narrow", "chunk", "split", "split_with_sizes", "tensor_split", "unbind", "unsafe_chunk"),
+        *("unsafe_split", "unsafe_split_with_sizes", "index_select", "index", "take_along_dim", "diagonal"),
+        *("expand", "expand_as", "repeat", "repeat_interleave", "tile", "flip", "fliplr", "flipud", "roll", "rot90"),
+        *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle", "unfold", "im2col"),
+        *("reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d"),
+        *("hsplit", "vsplit", "atleast_1d", "atleast_2d", "atleast_3d"),
+    ]
+)
+
+
+def _entry(*names: str, about: str = "") -> Callable[[Read], Read]:
+    def register(read: Read) -> Read:
+        for name in names or (read.__name__.strip("_"),):
+            TABLE[name] = read
+            ABOUT[name] = about
+        return read
+
+    return register
+
+
+# --- nothing to do in evaluation -------------------------------------------------------------------------------------
+
+
+@_entry("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", about="removed")
+def _dropout(r: Reader, x: Value, train: bool, p: float) -> Value:  # noqa: ARG001
+    if train:
+        raise UnsupportedLayer("acts in evaluation too; give it training=self.training")
+    return r.nothing(x)
+
+
+@_entry("contiguous", "clone", "detach", "alias", "lift_fresh_copy", "identity", "resolve_conj", about="removed")
+def _same(r: Reader, x: Value, memory_format: Any = None) -> Value:  # noqa: ARG001
+    return r.nothing(x)
+
+
+@_entry("to", "_to_copy", "type_as", "float", "double", "half", about="between float types; removed")
+def _converted(r: Reader, x: Value, dtype: torch.dtype | None = None, other: Any = None, **_ignored: Any) -> Value:  # noqa: ARG001
+    if dtype is not None and not dtype.is_floating_point:
+        raise UnsupportedLayer(f"makes {str(dtype).removeprefix('torch.')} of its values; hardware rounds by itself")
+    return x
+
+
+# --- layers with weights ---------------------------------------------------------------------------------------------
+
+
+def _linear_layer(r: Reader, x: Value, weight: Tensor, bias: Tensor | None, shape: Shape | None = None) -> Value:
+    """`x @ weight.T + bias` over the last dimension."""
+    outputs, inputs = weight.shape
+    layer = nn.Linear(inputs, outputs, device="meta")
+    _own(r, layer, weight, bias)
+    return r.layer(layer, x, shape=shape)
+
+
+def _own(r: Reader, layer: Any, weight: Tensor, bias: Tensor | None) -> None:
+    layer.weight = r.parameter(weight)
+    outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    layer.bias = nn.Parameter(torch.zeros(outputs)) if bias is None else r.parameter(bias)
+
+
+@_entry(about="over the last dimension")
+def _linear(r: Reader, x: Value, weight: Any, bias: Any = None) -> Value:
+    bias = bias if bias is None else require_constant(bias, "bias")
+    return _linear_layer(r, x, require_constant(weight, "weight"), bias)
+
+
+@_entry("matmul", "mm", "bmm", "mv", about="by a constant matrix, from either side")
+def _matmul(r: Reader, x: Any, other: Any = None, mat2: Any = None, vec: Any = None) -> Value:
+    other = next(v for v in (other, mat2, vec) if v is not None)
+    if not isinstance(x, Value):  # constant @ value: over the last dimension but one
+        constant, value = require_constant(x, "matrix"), other
+        if constant.ndim != 2 or len(value.shape) < 2:
+            raise UnsupportedLayer("multiplies by a constant of more than two dimensions")
+        turned = r.moved(value, lambda i: i.transpose(-1, -2))
+        made = _linear_layer(r, turned, constant, None, (*turned.shape[:-1], len(constant)))
+        return r.moved(made, lambda i: i.transpose(-1, -2))  # type: ignore[no-any-return]
+    if isinstance(other, Value):
+        raise UnsupportedLayer("multiplies two matrices that both depend on the input")
+    if other.ndim == 1:
+        made = _linear_layer(r, x, other[None], None, (*x.shape[:-1], 1))
+        return r.reshaped(made, r.shape)
+    if other.ndim != 2:
+        raise UnsupportedLayer("multiplies by a constant of more than two dimensions")
+    return _linear_layer(r, x, _turned(r, other), None)
+
+
+def _turned(r: Reader, matrix: Tensor) -> Tensor:
+    """The same transposed tensor for the same matrix, so that what is shared stays shared."""
+    return r.derived(matrix, "T", lambda: matrix.T.contiguous())
+
+
+@_entry(about="of a constant matrix")
+def _addmm(r: Reader, x: Any, mat1: Any, mat2: Any) -> Value:
+    if isinstance(mat1, Value) and not isinstance(mat2, Value) and not isinstance(x, Value):
+        return _linear_layer(r, mat1, _turned(r, mat2), x.expand(mat2.shape[1]))
+    raise UnsupportedLayer("is supported as constant + value @ constant")
+
+
+@_entry(about="with one constant, summed over dimensions that only the two share")
+def _einsum(r: Reader, equation: str, tensors: Sequence[Any]) -> Value:
+    read, _, made = equation.replace(" ", "").partition("->")
+    terms = read.split(",")
+    values = [i for i, tensor in enumerate(tensors) if isinstance(tensor, Value)]
+    if "." in equation or not made or len(terms) != 2 or len(values) != 1:
+        raise UnsupportedLayer(f"einsum {equation!r}: two tensors are supported, one of them constant")
+    x, constant = tensors[values[0]], require_constant(tensors[1 - values[0]], "second tensor")
+    ours, theirs = terms[values[0]], terms[1 - values[0]]
+    summed = [c for c in theirs if c in ours]
+    kept, new = [c for c in ours if c not in summed], [c for c in theirs if c not in ours]
+    if set(summed) & set(made) or set(made) != {*kept, *new} or made[0] != ours[0] or len(set(ours)) < len(ours):
+        raise UnsupportedLayer(f"einsum {equation!r}: sums over what both tensors share are supported, the batch first")
+    x = r.moved(x, lambda i: i.permute([ours.index(c) for c in (*kept, *summed)]).flatten(len(kept)))
+    matrix = constant.permute([theirs.index(c) for c in (*new, *summed)])
+    matrix = matrix.reshape(math.prod(matrix.shape[: len(new)]), -1)
+    sizes = {c: n for c, n in zip(theirs, constant.shape, strict=True) if c in new}
+    y = _linear_layer(r, x, matrix, None, (*x.shape[:-1], len(matrix)))
+    order = [*kept, *new]
+    return r.moved(  # type: ignore[no-any-return]
+        y,
+        lambda i: (
+            i.unflatten(-1, [sizes[c] for c in new] or [1])
+            .flatten(-1 if new else -2)
+            .reshape([*i.shape[:-1], *(sizes[c] for c in new)])
+            .permute([order.index(c) for c in made])
+        ),
+    )
+
+
+@_entry(about="of two values")
+def _bilinear(r: Reader, input1: Any, input2: Any, weight: Any, bias: Any = None) -> Value:
+    if not (isinstance(input1, Value) and isinstance(input2, Value)):
+        raise UnsupportedLayer("is supported where both tensors depend on the input")
+    weight = require_constant(weight, "weight")
+    outputs, n, m = weight.shape
+    first = r.moved(input1, lambda i: i.unsqueeze(-1).expand(*i.shape, m).flatten(-2))
+    second = r.moved(input2, lambda i: i.unsqueeze(-2).expand(*i.shape[:-1], n, i.shape[-1]).flatten(-2))
+    product = r.layer(Multiply(), first, second, shape=(*input1.shape[:-1], n * m), name="product")
+    return _linear_layer(r, product, weight.reshape(outputs, -1), bias)
+
+
+@_entry("conv1d", "conv2d", about="any stride, padding, dilation and groups")
+def _conv(r: Reader, x: Value, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int) -> Value:
+    weight = require_constant(weight, "weight")
+    dims = weight.ndim - 2
+    if len(x.shape) != dims + 1:
+        raise UnsupportedLayer(
+            f"reads {x.shape} and takes (channels, {', '.join(('length',) if dims == 1 else ('height', 'width'))})"
+        )
+    kind = nn.Conv1d if dims == 1 else nn.Conv2d
+    padding = padding if isinstance(padding, str) else _each(padding, dims)
+    windows: dict[str, Any] = {"stride": _each(stride, dims), "padding": padding, "dilation": _each(dilation, dims)}
+    layer = kind(
+        weight.shape[1] * groups, len(weight), tuple(weight.shape[2:]), groups=groups, device="meta", **windows
+    )
+    _own(r, layer, weight, bias if bias is None else require_constant(bias, "bias"))
+    return r.layer(layer, x)
+
+
+@_entry("conv_transpose1d", "conv_transpose2d", about="any stride, padding, dilation and groups")
+def _conv_transpose(
+    r: Reader,
+    x: Value,
+    weight: Any,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    output_padding: Any,
+    groups: int,
+    dilation: Any,
+) -> Value:
+    weight = require_constant(weight, "weight")
+    dims = weight.ndim - 2
+    kind = nn.ConvTranspose1d if dims == 1 else nn.ConvTranspose2d
+    windows = {"stride": stride, "padding": padding, "output_padding": output_padding, "dilation": dilation}
+    each: dict[str, Any] = {name: _each(value, dims) for name, value in windows.items()}
+    channels, outputs = len(weight), weight.shape[1] * groups
+    layer = kind(channels, outputs, tuple(weight.shape[2:]), groups=groups, device="meta", **each)
+    _own(r, layer, weight, bias if bias is None else require_constant(bias, "bias"))
+    return r.layer(layer, x)
+
+
+# --- constants -------------------------------------------------------------------------------------------------------
+
+
+@_entry(about="folded into a neighbour where that is exact, else a scale and a shift per channel")
+def _batch_norm(
+    r: Reader,
+    x: Value,
+    weight: Any,
+    bias: Any,
+    running_mean: Any,
+    running_var: Any,
+    training: bool,
+    momentum: float,  # noqa: ARG001
+    eps: float,
+) -> Value:
+    if training or running_mean is None:
+        raise UnsupportedLayer("BatchNorm needs track_running_stats=True")
+    scale = torch.rsqrt(running_var + eps) * (1 if weight is None else weight)
+    shift = (0 if bias is None else bias) - running_mean * scale
+    return r.affine(x, scale, shift, 0)
+
+
+def _scaled(r: Reader, x: Value, scale: Any, shift: Any) -> Value:
+    """`x * scale + shift` for constants that fit its shape or widen it."""
+    scale, shift = torch.broadcast_tensors(*(torch.as_tensor(c, dtype=torch.float64) for c in (scale, shift)))
+    full = torch.broadcast_shapes(r.full_shape(x), scale.shape)
+    scale, shift = (c.reshape(*(1,) * (len(full) - c.ndim), *c.shape) for c in (scale, shift))
+    if len(scale) > 1:
+        raise UnsupportedLayer("a constant with a value for each sample of a batch")
+    if full != r.full_shape(x):
+        x = r.moved(x, lambda i: i.expand(full))
+    scale, shift, sample = scale[0], shift[0], full[1:]
+    along = [axis for axis, n in enumerate(scale.shape) if n > 1]
+    if len(along) > 1:
+        return r.affine(x, scale.expand(sample).flatten(), shift.expand(sample).flatten(), None)
+    axis = along[0] if along else 0
+    scale, shift = (c.flatten().expand(sample[axis]).clone() for c in (scale, shift))
+    return r.affine(x, scale, shift, axis)
+
+
+def _merged(r: Reader, layer: nn.Module, x: Value, other: Value) -> Value:
+    """Two values, the smaller one repeated."""
+    full = torch.broadcast_shapes(r.full_shape(x), r.full_shape(other))
+    both = [v if r.full_shape(v) == full else r.moved(v, lambda i: i.expand(full)) for v in (x, other)]
+    return r.layer(layer, *both)
+
+
+@_entry(about="of two values, or of a value and a constant")
+def _add(r: Reader, x: Any, other: Any, alpha: Any = 1) -> Value:
+    if isinstance(x, Value) and isinstance(other, Value):
+        if alpha != 1:
+            other = _scaled(r, other, alpha, 0)
+        return _merged(r, Add(), x, other)
+    return _scaled(r, x, 1, alpha * other) if isinstance(x, Value) else _scaled(r, other, alpha, x)
+
+
+@_entry("sub", "subtract", about="of two values, or of a value and a constant")
+def _sub(r: Reader, x: Any, other: Any, alpha: Any = 1) -> Value:
+    if isinstance(x, Value) and isinstance(other, Value):
+        if alpha != 1:
+            other = _scaled(r, other, alpha, 0)
+        return _merged(r, Subtract(), x, other)
+    return _scaled(r, x, 1, -alpha * other) if isinstance(x, Value) else _scaled(r, other, -alpha, x)
+
+
+@_entry(about="of a constant and a value")
+def _rsub(r: Reader, x: Any, other: Any, alpha: Any = 1) -> Value:
+    return _sub(r, other, x, alpha)  # type: ignore[no-any-return]
+
+
+@_entry("mul", "multiply", about="of two values, or of a value and a constant")
+def _mul(r: Reader, x: Any, other: Any) -> Value:
+    if isinstance(x, Value) and isinstance(other, Value):
+        return _merged(r, Multiply(), x, other)
+    return _scaled(r, x, other, 0) if isinstance(x, Value) else _scaled(r, other, x, 0)
+
+
+@_entry("div", "divide", "true_divide", about="by a constant")
+def _div(r: Reader, x: Any, other: Any, rounding_mode: Any = None) -> Value:
+    if isinstance(other, Value) or rounding_mode is not None:
+        raise UnsupportedLayer(
+            "divides by a value that depends on the input, or rounds; division by constants is supported"
+        )
+    return _scaled(r, x, 1 / torch.as_tensor(other, dtype=torch.float64), 0)
+
+
+@_entry("neg", "negative", about="")
+def _neg(r: Reader, x: Value) -> Value:
+    return _scaled(r, x, -1, 0)
+
+
+@_entry("square", about="as a product of the value with itself")
+def _square(r: Reader, x: Value) -> Value:
+    return r.layer(Multiply(), x, x)
+
+
+@_entry("pow", about="by a constant: 2 as a product, others as a table")
+def _pow(r: Reader, x: Any, exponent: Any) -> Value:
+    if not isinstance(x, Value) or isinstance(exponent, Value):
+        raise UnsupportedLayer("is supported for a constant exponent")
+    exponent = float(exponent)
+    if exponent == 1:
+        return x
+    return (
+        _square(r, x) if exponent == 2 else r.layer(Function("pow", functools.partial(torch.pow, exponent=exponent)), x)
+    )
+
+
+# --- several values --------------------------------------------------------------------------------------------------
+
+
+@_entry("maximum", "max", about="of two values, by a constant, or over dimensions")
+def _maximum(r: Reader, x: Any, other: Any = None, dim: Any = None, keepdim: bool = False) -> Any:
+    if other is None:
+        return (_reduced(r, x, dim, keepdim, _largest), None)
+    if isinstance(x, Value) and isinstance(other, Value):
+        return _merged(r, Maximum(), x, other)
+    return _clamp(r, x, min=_scalar(other)) if isinstance(x, Value) else _clamp(r, other, min=_scalar(x))
+
+
+@_entry("minimum", "min", about="of two values, or by a constant")
+def _minimum(r: Reader, x: Any, other: Any = None) -> Value:
+    if other is None:
+        raise UnsupportedLayer("over dimensions is not supported; take the maximum of the negative values")
+    if isinstance(x, Value) and isinstance(other, Value):
+        return _merged(r, Minimum(), x, other)
+    return _clamp(r, x, max=_scalar(other)) if isinstance(x, Value) else _clamp(r, other, max=_scalar(x))  # type: ignore[no-any-return]
+
+
+def _scalar(constant: Any) -> float:
+    values = torch.as_tensor(constant, dtype=torch.float64).flatten()
+    if len(set(values.tolist())) != 1:
+        raise UnsupportedLayer("by constants that differ is not supported; use one number")
+    return float(values[0])
+
+
+@_entry("cat", "concat", "concatenate", about="of any number of values, along any dimension")
+def _cat(r: Reader, tensors: Sequence[Any], dim: int = 0) -> Value:
+    values = [v for v in tensors if not (isinstance(v, Tensor) and not v.numel())]
+    if not all(isinstance(v, Value) for v in values):
+        raise UnsupportedLayer("joins a constant to values; only values are supported")
+    axis = dim % len(r.full_shape(values[0]))
+    if axis == 0:
+        raise UnsupportedLayer("joins along the batch")
+    return values[0] if len(values) == 1 else r.layer(Concat(axis - 1), *values)
+
+
+@_entry(about="of any number of values, along any dimension")
+def _stack(r: Reader, tensors: Sequence[Any], dim: int = 0) -> Value:
+    if not all(isinstance(v, Value) for v in tensors):
+        raise UnsupportedLayer("joins a constant to values; only values are supported")
+    dim = dim % (len(r.full_shape(tensors[0])) + 1)
+    return _cat(r, [r.moved(v, lambda i: i.unsqueeze(dim)) for v in tensors], dim)  # type: ignore[no-any-return]
+
+
+# --- functions of one value ------------------------------------------------------------------------------------------
+
+
+@_entry(about="")
+def _relu(r: Reader, x: Value) -> Value:
+    return r.layer(Activation(relu=True), x)
+
+
+@_entry("clamp", "clip", about="from 0 or -c to c it is a quantizer's clip, else a table")
+def _clamp(r: Reader, x: Value, min: Any = None, max: Any = None) -> Value:
+    low = None if min is None else _scalar(min)
+    high = None if max is None else _scalar(max)
+    if (low, high) == (0, None):
+        return r.layer(Activation(relu=True), x)
+    if high is not None and high > 0 and low in (0, -high):
+        return r.layer(Clip(relu=low == 0, high=high), x)
+    return r.layer(Function("clamp", functools.partial(torch.clamp, min=low, max=high)), x)
+
+
+class Clip(nn.Module):
+    """Clips to 0 … high or -high … high, until `simplify` makes it an `Activation`, whose limit is a power of two."""
+
+    def __init__(self, *, relu: bool, high: float) -> None:
+        super().__init__()
+        self.relu, self.high = relu, high
+
+
+@_entry("clamp_min", about="at 0 it is a ReLU, else a table")
+def _clamp_min(r: Reader, x: Value, min: Any) -> Value:
+    return _clamp(r, x, min=min)  # type: ignore[no-any-return]
+
+
+@_entry("clamp_max", about="a table")
+def _clamp_max(r: Reader, x: Value, max: Any) -> Value:
+    return _clamp(r, x, max=max)  # type: ignore[no-any-return]
+
+
+@_entry("hardtanh", about="from 0 or -c to c it is a quantizer's clip, else a table")
+def _hardtanh(r: Reader, x: Value, min_val: float = -1.0, max_val: float = 1.0) -> Value:
+    return _clamp(r, x, min=min_val, max=max_val)  # type: ignore[no-any-return]
+
+
+@_entry(about="a quantizer's clip")
+def _relu6(r: Reader, x: Value) -> Value:
+    return _clamp(r, x, min=0.0, max=6.0)  # type: ignore[no-any-return]
+
+
+@_entry("leaky_relu", about="exact for a power of two, else a table")
+def _leaky(r: Reader, x: Value, negative_slope: float = 0.01) -> Value:
+    mantissa, exponent = math.frexp(negative_slope)
+    if mantissa == 0.5 and -15 <= exponent <= 1:
+        return r.layer(nn.LeakyReLU(negative_slope), x)
+    leaky = functools.partial(nn.functional.leaky_relu, negative_slope=negative_slope)
+    return r.layer(Function("leaky_relu", leaky), x)
+
+
+@_entry(about="one slope for all: as LeakyReLU; slopes per channel: a scale of the negative part")
+def _prelu(r: Reader, x: Value, weight: Any) -> Value:
+    slopes = require_constant(weight, "weight").flatten()
+    r.draft.notes.append(f"{r.label.path}: its slopes stay as they are, search and fine-tuning do not change them")
+    if len(set(slopes.tolist())) == 1:
+        return _leaky(r, x, float(slopes[0]))  # type: ignore[no-any-return]
+    positive = r.layer(Activation(relu=True), x)
+    negative = r.layer(Function("negative_part", functools.partial(torch.clamp, max=0.0)), x, name="negative")
+    return r.layer(Add(), positive, r.affine(negative, slopes, torch.zeros_like(slopes), 0), name="sum")
+
+
+_FUNCTIONS = (
+    *("tanh", "sigmoid", "gelu", "silu", "elu", "selu", "celu", "softplus", "mish", "hardsigmoid", "hardswish"),
+    *(
+        "log_sigmoid",
+        "hardshrink",
+        "softshrink",
+        "tanhshrink",
+        "threshold",
+        "abs",
+        "absolute",
+        "exp",
+        "expm1",
+        "erf",
+        "sin",
+        "cos",
+    ),
+    *("atan", "sinh", "cosh", "sign", "sqrt", "log1p", "log", "rsqrt", "reciprocal", "rrelu"),
+)
+_FINAL = ("sigmoid", "tanh", "log_sigmoid")
+
+
+@_entry(*_FUNCTIONS, about="a table of the quantized value, of at most 12 bits")
+def _function(r: Reader, x: Value, **_numbers: Any) -> Any:
+    """Any function of one value: its other arguments are numbers."""
+    name, function = r.function()
+    if r.is_last and name in _FINAL:
+        return r.final(x, function)
+    return r.layer(Function(name, function), x)
+
+
+@_entry(
+    "softmax", "log_softmax", "_softmax", "_log_softmax", "argmax", about="at the very end only, where it is removed"
+)
+def _softmax(r: Reader, x: Value, dim: Any = None, half_to_float: bool = False, keepdim: bool = False) -> Finished:  # noqa: ARG001
+    if not r.is_last:
+        raise UnsupportedLayer("is supported at the very end only, where it is removed; use ReLU here")
+    return r.final(x, r.function()[1])
+
+
+# --- windows and sums ------------------------------------------------------------------------------------------------
+
+
+@_entry("max_pool1d", "max_pool2d", about="with padding and ceil_mode, without dilation")
+def _max_pool(
+    r: Reader,
+    x: Value,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    ceil_mode: bool,  # noqa: ARG001
+) -> Value:
+    dims = len(x.shape) - 1
+    window, steps, pads = _windows(dims, kernel_size, stride, padding)
+    if set(_each(dilation, dims)) != {1}:
+        raise UnsupportedLayer("max pooling is supported with dilation=1")
+    sides = tuple(
+        (p, max((made - 1) * s + k - n - p, 0))
+        for n, made, k, s, p in zip(x.shape[1:], r.shape[1:], window, steps, pads, strict=True)
+    )
+    return r.layer(MaxPool(window, steps, sides), x)
+
+
+@_entry("max_pool1d_with_indices", "max_pool2d_with_indices", about="without the indices")
+def _max_pool_with_indices(
+    r: Reader, x: Value, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
+) -> Any:
+    _no_indices(r)
+    return (_max_pool(r, x, kernel_size, stride, padding, dilation, ceil_mode), None)
+
+
+def _no_indices(r: Reader) -> None:
+    if any(user.args[1:2] == (1,) and user.users for user in r.node.users):
+        raise UnsupportedLayer("max pooling is supported with return_indices=False")
+
+
+@_entry("avg_pool1d", "avg_pool2d", about="padding counted in the mean; ceil_mode where it changes nothing")
+def _avg_pool(
+    r: Reader,
+    x: Value,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: Any = None,
+) -> Value:
+    dims = len(x.shape) - 1
+    window, steps, pads = _windows(dims, kernel_size, stride, padding)
+    sizes = zip(x.shape[1:], r.shape[1:], window, steps, pads, strict=True)
+    if ceil_mode and any((made - 1) * s + k > n + 2 * p for n, made, k, s, p in sizes):
+        raise UnsupportedLayer(
+            "average pooling whose windows reach beyond the edge is not supported; use ceil_mode=False"
+        )
+    if any(pads):
+        if not count_include_pad:
+            raise UnsupportedLayer("average pooling with padding is supported with count_include_pad=True")
+        grown = tuple(n + 2 * p for n, p in zip(x.shape[1:], pads, strict=True))
+        x = r.layer(Pad(tuple((p, p) for p in pads)), x, shape=(x.shape[0], *grown), name="padding")
+    if divisor_override:
+        sums = r.layer(AvgPool(window, steps, 1), x)
+        return _scaled(r, sums, 1 / divisor_override, 0)
+    return r.layer(AvgPool(window, steps), x)
+
+
+@_entry("adaptive_avg_pool1d", "adaptive_avg_pool2d", about="to sizes that divide")
+def _adaptive_avg_pool(r: Reader, x: Value, output_size: Any) -> Value:  # noqa: ARG001
+    window = _adaptive_window(r, x, r.shape)
+    return r.layer(AvgPool(window, window), x)
+
+
+@_entry("adaptive_max_pool1d", "adaptive_max_pool2d", about="to sizes that divide")
+def _adaptive_max_pool(r: Reader, x: Value, output_size: Any) -> Any:
+    _no_indices(r)
+    made = (x.shape[0], *_each(output_size, len(x.shape) - 1))
+    window = _adaptive_window(r, x, made)
+    return (r.layer(MaxPool(window, window, ((0, 0),) * len(window)), x, shape=made), None)
+
+
+def _adaptive_window(r: Reader, x: Value, made: Shape) -> Shape:  # noqa: ARG001
+    before, after = x.shape[1:], made[1:]
+    if any(n % m for n, m in zip(before, after, strict=True)):
+        raise UnsupportedLayer(f"adaptive pooling of {before} to {after} has windows of unequal size")
+    return tuple(n // m for n, m in zip(before, after, strict=True))
+
+
+def _windows(dims: int, kernel_size: Any, stride: Any, padding: Any) -> tuple[Shape, Shape, Shape]:
+    window = _each(kernel_size, dims)
+    return window, _each(stride, dims) if stride else window, _each(padding, dims)
+
+
+def _largest(window: Shape) -> nn.Module:
+    return MaxPool(window, window, ((0, 0),) * len(window))
+
+
+def _mean_of(window: Shape) -> nn.Module:
+    return AvgPool(window, window)
+
+
+def _sum_of(window: Shape) -> nn.Module:
+    return AvgPool(window, window, 1)
+
+
+def _reduced(r: Reader, x: Value, dim: Any, keepdim: bool, pool: Callable[[Shape], nn.Module]) -> Value:
+    """One value for all along dimensions: a window over them."""
+    full = r.full_shape(x)
+    dims = sorted(d % len(full) for d in ((dim,) if isinstance(dim, int) else dim or range(len(full))))
+    if 0 in dims:
+        raise UnsupportedLayer("is taken over the batch; name the other dimensions")
+    made = r.shape if "val" in r.node.meta and isinstance(r.node.meta["val"], Tensor) else _without(full, dims, keepdim)
+    if dims == list(range(2, len(full))) and len(full) in (3, 4):
+        window, kept = full[2:], full[1]
+        pooled = r.layer(pool(window), x, shape=(kept, *(1 for _ in window)))
+    else:
+        rest = [d for d in range(1, len(full)) if d not in dims]
+        kept, reduced = math.prod(full[d] for d in rest), math.prod(full[d] for d in dims)
+        rows = r.moved(x, lambda i: i.permute(0, *rest, *dims).reshape(len(i), kept, reduced))
+        pooled = r.layer(pool((reduced,)), rows, shape=(kept, 1))
+    return r.reshaped(pooled, made)
+
+
+def _without(full: Shape, dims: Sequence[int], keepdim: bool) -> Shape:
+    return tuple(1 if d in dims else n for d, n in enumerate(full) if d and (keepdim or d not in dims))
+
+
+@_entry(about="over any dimensions but the batch's")
+def _mean(r: Reader, x: Value, dim: Any = None, keepdim: bool = False) -> Value:
+    return _reduced(r, x, dim, keepdim, _mean_of)
+
+
+@_entry(about="over any dimensions but the batch's")
+def _sum(r: Reader, x: Value, dim: Any = None, keepdim: bool = False) -> Value:
+    return _reduced(r, x, dim, keepdim, _sum_of)
+
+
+@_entry(about="over any dimensions but the batch's")
+def _amax(r: Reader, x: Value, dim: Any = None, keepdim: bool = False) -> Value:
+    return _reduced(r, x, dim, keepdim, _largest)
+
+
+# --- sizes -----------------------------------------------------------------------------------------------------------
+
+
+@_entry("pad", "constant_pad_nd", "zero_pad", about="by zeros, or by values of the edge")
+def _pad(r: Reader, x: Value, pad: Sequence[int], mode: str = "constant", value: Any = None) -> Value:
+    dims, sides = len(x.shape) - 1, list(zip(pad[::2], pad[1::2], strict=True))[::-1]
+    if mode == "constant" and value:
+        raise UnsupportedLayer("padding is supported with zeros or with values of the edge")
+    if mode == "constant" and dims in (1, 2) and len(sides) <= dims and min(pad) >= 0:
+        return r.layer(Pad((*((0, 0),) * (dims - len(sides)), *sides)), x)
+    return r.moved(x, lambda i: nn.functional.pad(i, list(pad), mode))  # type: ignore[no-any-return]
+
+
+@_entry("upsample_nearest1d", "upsample_nearest2d", about="by any factor")
+def _upsample(r: Reader, x: Value, **_sizes: Any) -> Value:
+    before, after = x.shape[1:], r.shape[1:]
+    if any(m % n for n, m in zip(before, after, strict=True)):
+        return r.moved(x, lambda i: nn.functional.interpolate(i, after, mode="nearest"))  # type: ignore[no-any-return]
+    return r.layer(Upsample(tuple(m // n for n, m in zip(before, after, strict=True))), x)
+
+
+@_entry("upsample_linear1d", "upsample_bilinear2d", about="by powers of two, align_corners=False")
+def _upsample_linear(r: Reader, x: Value, align_corners: bool, **_sizes: Any) -> Value:
+    before, after = x.shape[1:], r.shape[1:]
+    factors = [m // n if m % n == 0 else 0 for n, m in zip(before, after, strict=True)]
+    if align_corners or any(factor.bit_count() != 1 for factor in factors):
+        raise UnsupportedLayer("linear upsampling is supported by powers of two, with align_corners=False")
+    return r.layer(Bilinear(tuple(factors)), x)
+
+
+def _each(value: Any, dims: int) -> tuple[int, ...]:
+    """One number for each spatial dimension."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * dims if len(values) == 1 else values
+
+
+# --- what has no exact form ------------------------------------------------------------------------------------------
+
+
+def _refused(*names: str, reason: str) -> None:
+    def refuse(_r: Reader, **_arguments: Any) -> None:
+        raise UnsupportedLayer(reason)
+
+    for name in names:
+        TABLE[name] = refuse
+
+
+_refused(
+    "layer_norm",
+    "native_layer_norm",
+    "group_norm",
+    "native_group_norm",
+    "instance_norm",
+    "rms_norm",
+    reason="divides by a deviation of its own input, which has no exact integer form; use BatchNorm",
+)
+_refused("lstm", "gru", "rnn_tanh", "rnn_relu", reason="recurrent layers are not supported; use convolutions over time")
+_refused(
+    "embedding",
+    "embedding_bag",
+    reason="looks rows up by a number; give their values as inputs, or one-hot inputs to a Linear",
+)
+_refused(
+    "conv3d",
+    "conv_transpose3d",
+    "max_pool3d",
+    "avg_pool3d",
+    reason="works on three dimensions; one or two are supported",
+)
+_refused("scaled_dot_product_attention", reason="multiplies two matrices that both depend on the input")

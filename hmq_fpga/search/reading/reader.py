@@ -1,0 +1,383 @@
+"""The walk over an exported program: constants are computed, moves are followed, all else goes by the table."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from hmq_fpga.ir.errors import InvalidInput, UnsupportedLayer
+from hmq_fpga.search.graph import INPUT, Final, Node
+from hmq_fpga.search.layers import Activation, Affine, AvgPool, MaxPool, Move, Shape
+from hmq_fpga.search.reading.draft import Draft
+from hmq_fpga.search.reading.exported import BATCH, Exported, place
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """A tensor that depends on the input.
+
+    Attributes:
+        tensor: its name in the draft.
+        shape: of one sample.
+        index: where it was only moved since: which value of the whole batch, counted in a row from one, stands where,
+            the batch's dimension included; zero: none of them, but zero.
+        label: of the last move, for its name.
+    """
+
+    tensor: str
+    shape: Shape
+    index: Tensor | None = None
+    label: Label | None = None
+
+
+@dataclass(frozen=True)
+class Label:
+    """What people call an operation.
+
+    Attributes:
+        path: its name in the user's model.
+        kind: the module's class, or the function.
+        name: what its layer is called, before that is made unique.
+        where: for errors.
+    """
+
+    path: str
+    kind: str
+    name: str
+    where: str
+
+
+Read = Callable[..., Any]
+
+
+class Reader:
+    """Reads an exported module into a draft."""
+
+    def __init__(self, exported: Exported, table: dict[str, Read], moves: frozenset[str]) -> None:
+        self._exported, self._table, self._moves = exported, table, moves
+        program = exported.program
+        self._graph = program.graph
+        users = program.graph_signature.user_inputs
+        names = [INPUT] if len(users) == 1 else [re.sub(r"\W", "_", str(name)) for name in users]
+        self.draft = Draft({name: tuple(x.shape[1:]) for name, x in zip(names, exported.examples, strict=True)})
+        self._values: dict[fx.Node, Any] = {}
+        self._inputs = dict(zip(users, names, strict=True))
+        self._calls = Counter(map(self._call_of, self._graph.nodes))
+        self._named: set[str] = set()
+        self._settled: dict[Value, Value] = {}
+        self._parameters: dict[Tensor, nn.Parameter] = {}  # a tensor is known by what it is, not by its values
+        self._derived: dict[tuple[Tensor, str], Tensor] = {}
+        self._doubled: dict[tuple[int, Shape], Tensor] = {}
+        self.label = Label("", "", "", "model")
+        self.node: fx.Node
+
+    def read(self) -> Draft:
+        """The whole program.
+
+        Raises:
+            UnsupportedLayer: naming the operation and its place in the user's code.
+            InvalidInput: where the module works for one size of batch only.
+        """
+        constants = self._exported.constants
+        for node in self._graph.nodes:
+            self.node = node
+            if node.op == "placeholder" and node.name in self._inputs:
+                self._enter(node)
+            elif node.op == "placeholder":
+                self._values[node] = self._constant(constants[node.name])
+            elif node.op == "call_function":
+                self._follow(node)
+            elif node.op == "output":
+                self._end(node)
+            else:
+                raise UnsupportedLayer(f"model: {node.target}: {node.op} is not supported")
+        return self.draft
+
+    def _enter(self, node: fx.Node) -> None:
+        name = self._inputs[node.name]
+        if isinstance(node.meta["val"].shape[0], int):
+            raise InvalidInput(f"model: forward takes batches of {BATCH} only; do not fix the size of the batch in it")
+        self._values[node] = Value(name, self.draft.inputs[name])
+
+    def _constant(self, value: Any) -> Any:
+        """In float64; the same one for what the user's model shares."""
+        if not _is_real(value):
+            return value
+        return self._doubled.setdefault((value.data_ptr(), tuple(value.shape)), value.detach().double())
+
+    def _follow(self, node: fx.Node) -> None:
+        name, mutates = _name_of(node.target)
+        if name.startswith(("_assert", "sym_constrain")) or not (node.users or mutates):
+            return
+        given: Any = fx.map_arg((node.args, node.kwargs), lambda n: self._values.get(n))
+        values = [v for v in tree_leaves(given) if isinstance(v, Value)]
+        result: Any
+        if name == "sym_size":
+            x, dim = given[0]
+            result = self.full_shape(x)[dim]
+        elif node.target is operator.getitem:
+            result = given[0][0][given[0][1]]
+        elif not values:
+            result = _computed(node.target, *given)
+        else:
+            self.label = self._labelled(node, name)
+            try:
+                result = self._apply(node, name, given, values)
+            except UnsupportedLayer as error:
+                raise UnsupportedLayer(f"{self.label.where}: {error}") from error
+        self._values[node] = result
+        if mutates:
+            self._values[node.args[0]] = result  # type: ignore[index]
+
+    def _apply(self, node: fx.Node, name: str, given: Any, values: list[Value]) -> Any:
+        if name in self._moves and len(values) == 1:
+            return self._moved(values[0], node.target, *given)
+        read = self._table.get(name)
+        if read is None:
+            raise UnsupportedLayer("is not supported; see `hmq-fpga layers` for what is")
+        return read(self, **_bound(node.target, given, read))
+
+    def _end(self, node: fx.Node) -> None:
+        returned = [self._values.get(n) if isinstance(n, fx.Node) else n for n in node.args[0]]  # type: ignore[union-attr]
+        outputs: list[Any] = [v.value if isinstance(v, Finished) else v for v in returned]
+        self.label = Label("output", "output", "output", "model")
+        if not outputs or any(not isinstance(v, Value) for v in outputs):
+            raise UnsupportedLayer("model: forward must return a tensor that it computed, or a tuple of such")
+        for value in outputs:
+            try:
+                name = self.settled(value).tensor
+            except UnsupportedLayer as error:
+                raise UnsupportedLayer(f"model: its output {error}") from error
+            if name in self.draft.inputs:
+                raise UnsupportedLayer("model: forward must return a tensor that it computed, or a tuple of such")
+            if name in self.draft.outputs:
+                raise UnsupportedLayer(f"model: returns {self.draft.path(name)!r} more than once; return it once")
+            self.draft.outputs.append(name)
+        self.draft.finals = [v.final if isinstance(v, Finished) else None for v in returned]
+
+    # for the table's entries
+
+    @property
+    def shape(self) -> Shape:
+        """Of one sample of the result."""
+        return tuple(int(n) for n in self.node.meta["val"].shape[1:])
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the result is only returned."""
+        return all(user.op == "output" for user in self.node.users)
+
+    def full_shape(self, x: Value) -> Shape:
+        """Of the example batch."""
+        return (BATCH, *x.shape) if x.index is None else tuple(x.index.shape)
+
+    def layer(self, layer: nn.Module, *sources: Value, shape: Shape | None = None, name: str = "") -> Value:
+        """Add a layer that reads these values; its result has the operation's shape where none is given."""
+        settled = [self.settled(source) for source in sources]
+        shape = self.shape if shape is None else shape
+        tensor = self.draft.free(
+            _identifier(f"{self.label.name}_{name}" if name else self.label.name, layer, self.label.kind)
+        )
+        node = Node(name=tensor, sources=tuple(v.tensor for v in settled), path=self.label.path, shape=shape)
+        return Value(self.draft.add(node, layer), shape)
+
+    def parameter(self, constant: Tensor) -> nn.Parameter:
+        """The same one for the same constant: what the user's model shares stays shared."""
+        if constant not in self._parameters:
+            self._parameters[constant] = nn.Parameter(constant.detach().float().clone())
+        return self._parameters[constant]
+
+    def derived(self, constant: Tensor, how: str, make: Callable[[], Tensor]) -> Tensor:
+        """What is made of a constant, the same one for the same constant."""
+        if (constant, how) not in self._derived:
+            self._derived[constant, how] = make()
+        return self._derived[constant, how]
+
+    def function(self) -> tuple[str, Callable[[Tensor], Tensor]]:
+        """The operation as a function of the one value that it reads, and its name."""
+        name, _ = _name_of(self.node.target)
+        settings: dict[str, Any] = {}
+        for argument, value in zip(self.node.target._schema.arguments[1:], self.node.args[1:], strict=False):  # type: ignore[union-attr]
+            settings[argument.name] = value
+        return name, functools.partial(getattr(torch.ops.aten, name), **settings, **self.node.kwargs)
+
+    def affine(self, x: Value, weight: Tensor, bias: Tensor, axis: int | None) -> Value:
+        """`x * weight + bias` along a dimension of the sample."""
+        return self.layer(Affine(weight.float(), bias.float(), axis), x, shape=x.shape)
+
+    def final(self, x: Value, function: Callable[[Tensor], Tensor]) -> Finished:
+        """A function that is left out, since only its result is returned."""
+        x = self.settled(x)
+        self.draft.notes.append(f"{self.label.path} removed: the hardware gives the values before it")
+        return Finished(x, Final(name=self.label.kind, function=function, shape=x.shape))
+
+    def nothing(self, x: Value) -> Value:
+        """An operation that does nothing in evaluation."""
+        if self.label.kind in ("Identity", "dropout") or "Dropout" in self.label.kind:
+            self.draft.notes.append(f"{self.label.path} removed: it does nothing in evaluation")
+        return x
+
+    def moved(self, x: Value, function: Callable[[Tensor], Any]) -> Any:
+        """A value, or a tuple of such, whose places a function of the whole batch changes."""
+        return self._moved(x, function, (x,), {})
+
+    def reshaped(self, x: Value, shape: Shape) -> Value:
+        """The values in a row in another shape of the sample."""
+        result: Value = x if x.shape == shape and x.index is None else self.moved(x, lambda i: i.reshape(BATCH, *shape))
+        return result
+
+    def settled(self, x: Value) -> Value:
+        """The value as a tensor of the draft: where it was moved, behind a layer that moves it.
+
+        Raises:
+            UnsupportedLayer: where the batch is no longer the first dimension.
+        """
+        if x.index is None:
+            return x
+        if x not in self._settled:
+            self._settled[x] = self._settle(x, x.index.long())
+        return self._settled[x]
+
+    def _settle(self, x: Value, index: Tensor) -> Value:
+        size, shape = self.draft.size(x.tensor), self.draft.shape(x.tensor)
+        if index.ndim == 0 or len(index) != BATCH:
+            raise UnsupportedLayer("does not keep the batch as its first dimension")
+        first, second = index
+        if not torch.equal(torch.where(first > 0, first + size, 0), second) or int(first.max()) > size:
+            raise UnsupportedLayer("mixes the samples of a batch")
+        if first.shape == shape and torch.equal(first.flatten(), 1 + torch.arange(size)):
+            return Value(x.tensor, shape)
+        reader, self.label = self.label, x.label or self.label
+        settled = self.layer(Move(first - 1, size), Value(x.tensor, shape), shape=tuple(first.shape))
+        self.label = reader
+        return settled
+
+    def _moved(self, x: Value, function: Any, args: Any, kwargs: Any) -> Any:
+        """What an operation that only moves values makes of one: seen by what it does to their numbers."""
+        index = x.index
+        if index is None:
+            index = 1 + torch.arange(BATCH * self.draft.size(x.tensor), dtype=torch.float64).reshape(BATCH, *x.shape)
+        args, kwargs = tree_map(lambda v: index if v is x else v, (args, kwargs))
+        return tree_map(
+            lambda i: Value(x.tensor, tuple(i.shape[1:]), i, self.label) if isinstance(i, Tensor) else i,
+            function(*args, **kwargs),
+        )
+
+    # names
+
+    def _call_of(self, node: fx.Node) -> str:
+        """The call of a module that an operation belongs to; none for what only picks one of its results."""
+        if node.target is operator.getitem:
+            return ""
+        stack: dict[str, Any] = node.meta.get("nn_module_stack") or {}
+        return next(reversed(stack), "")
+
+    def _labelled(self, node: fx.Node, name: str) -> Label:
+        stack: dict[str, Any] = node.meta.get("nn_module_stack") or {}
+        path, cls = next(reversed(stack.values()), ("", ""))
+        cls = cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}"
+        kind = cls.rpartition(".")[2]
+        is_module = cls.startswith("torch.nn.") and kind != "Sequential"
+        if is_module:
+            lone = self._calls[self._call_of(node)] == 1 or name.startswith(("linear", "conv"))
+            own, raw = path, self._numbered(_word(path if lone else f"{path}.{name}"))
+        else:
+            kind = "interpolate" if name.startswith("upsample") else name
+            own = raw = f"{path}.{self._numbered(kind)}".strip(".")
+        return Label(own, kind, raw, f"model: layer {own!r} ({kind}){place(node)}")
+
+    def _numbered(self, function: str) -> str:
+        """A function's name; where there is one such already, with a number."""
+        name, n = function, 1
+        while name in self._named:
+            name, n = f"{function}_{n}", n + 1
+        self._named.add(name)
+        return name
+
+
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """An output behind a function that is left out."""
+
+    value: Value
+    final: Final
+
+
+def _identifier(raw: str, layer: nn.Module, kind: str) -> str:
+    """A C identifier close to the user's name."""
+    name = _word(raw)
+    return name if name[:1].isalpha() else f"{_kind(layer) or kind.lower()}_{name}"
+
+
+def _word(raw: str) -> str:
+    return re.sub(r"\W", "_", raw).strip("_")
+
+
+def _kind(layer: nn.Module) -> str:
+    """What a layer is called whose name is a number; empty where the user's word for it will do."""
+    match layer:
+        case Activation():
+            return "relu"
+        case MaxPool():
+            return f"maxpool{len(layer.window)}d"
+        case AvgPool() | Affine():
+            return type(layer).__name__.lower()
+        case _:
+            return ""
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _name_of(target: Any) -> tuple[str, bool]:
+    """Name of an operation without its overload, and whether it changes its first argument in place."""
+    schema = getattr(target, "_schema", None)
+    if schema is None:
+        return getattr(target, "__name__", str(target)), False
+    name = str(schema.name).partition("::")[2]
+    mutates = bool(schema.is_mutable)
+    return (name.rstrip("_") if mutates else name), mutates
+
+
+def _computed(target: Any, args: Any, kwargs: Any) -> Any:
+    """An operation on constants alone, in float64."""
+    with torch.no_grad():
+        return tree_map(lambda v: v.double() if _is_real(v) else v, target(*args, **kwargs))
+
+
+def _bound(target: Any, given: Any, read: Read) -> dict[str, Any]:
+    """An operation's arguments by name, as an entry of the table takes them; what it does not name must be as usual."""
+    args, kwargs = given
+    parameters = inspect.signature(read).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    bound: dict[str, Any] = {}
+    for i, argument in enumerate(target._schema.arguments):
+        value = args[i] if i < len(args) else kwargs.get(argument.name, argument.default_value)
+        name = "x" if argument.name in ("self", "input") else argument.name
+        if name in parameters or takes_all:
+            bound[name] = value
+        elif value != argument.default_value and name not in ("inplace", "memory_format", "dtype", "cudnn_enabled"):
+            raise UnsupportedLayer(f"its {argument.name}={value} is not supported")
+    return bound
+
+
+def require_constant(value: object, what: str) -> Tensor:
+    """A constant tensor, such as a weight.
+
+    Raises:
+        UnsupportedLayer: where it depends on the input.
+    """
+    if isinstance(value, Value):
+        raise UnsupportedLayer(f"its {what} depends on the input; a parameter or a constant is supported")
+    return torch.as_tensor(value, dtype=torch.float64) if not isinstance(value, Tensor) else value
