@@ -55,6 +55,7 @@ SIGNED_BITS = QNet(
     )
 )
 CONSTANT_PART = chain(unsigned(3), [[0, 3], [0, -1]], [5, 0], unsigned(2, -1))
+ALWAYS_ODD = chain(signed(1), [[-4], [1]], [5], unsigned(5, -3))  # half to even, where half up is one
 ALWAYS_SATURATED = chain(unsigned(3), [[1]], [900], unsigned(4))
 BELOW_THE_STEP = chain(unsigned(3), [[1]], [0], unsigned(4, -200))
 ABOVE_THE_RANGE = chain(signed(3), [[1]], [0], signed(4, 200))
@@ -77,6 +78,7 @@ MULTIPLES = QNet(  # a leaky ReLU compares a value that is never negative with t
 @example(net=SCALED, seed=0)
 @example(net=SIGNED_BITS, seed=0)
 @example(net=CONSTANT_PART, seed=0)
+@example(net=ALWAYS_ODD, seed=0)
 @example(net=ALWAYS_SATURATED, seed=0)
 @example(net=BELOW_THE_STEP, seed=0)
 @example(net=ABOVE_THE_RANGE, seed=0)
