@@ -44,21 +44,20 @@ def formats(draw, *, signed=EITHER, bits=BITS, thresholds_log2=THRESHOLDS_LOG2) 
 
 
 @st.composite
-def qnets(draw, *, images=EITHER, bits=BITS, thresholds_log2=THRESHOLDS_LOG2, streams=False) -> QNet:
+def qnets(draw, *, images=EITHER, bits=BITS, thresholds_log2=THRESHOLDS_LOG2) -> QNet:
     """Networks as a search leaves them, over all ops: whatever a layer with weights or a merge reads is quantized.
 
     Args:
         images: whether there are spatial dimensions, one or two.
-        streams: only what hls4ml's io_stream computes.
     """
-    return _Drawing(draw, bits, thresholds_log2, streams).net(draw(images))
+    return _Drawing(draw, bits, thresholds_log2).net(draw(images))
 
 
 class _Drawing:
     """A network in the making."""
 
-    def __init__(self, draw, bits, thresholds_log2, streams: bool) -> None:
-        self.draw, self.bits, self.thresholds_log2, self.streams = draw, bits, thresholds_log2, streams
+    def __init__(self, draw, bits, thresholds_log2) -> None:
+        self.draw, self.bits, self.thresholds_log2 = draw, bits, thresholds_log2
         self.rng = np.random.default_rng(draw(SEEDS))
         self.ops: list[Op] = []
         self.outputs: tuple[str, ...] = ()
@@ -198,7 +197,7 @@ class _Drawing:
     def move(self) -> None:
         """What moves values that have a format, or gives them another one."""
         match self.draw(st.sampled_from(["", "", "max", "pad", "up", "function"])):
-            case "function" if not self.streams:
+            case "function":
                 self.function()
             case "max":
                 self.pool(MaxPool)
@@ -218,23 +217,21 @@ class _Drawing:
         stride = [self.draw(st.integers(1, 2)) for _ in kernel]
         if plain:
             stride = [1] * dims
-        elif self.streams and dims == 2 and kernel[0] == 1:
-            stride[0] = 1
         windows = {"stride": tuple(stride), "padding": tuple((0, 0) for _ in kernel) if plain else self.padding(dims)}
-        if not self.streams and self.draw(EITHER):
+        if self.draw(EITHER):
             fits = [[d for d in (1, 2) if (k - 1) * d < n] for k, n in zip(kernel, self.shape, strict=False)]
             windows["dilation"] = tuple(self.draw(st.sampled_from(steps)) for steps in fits)
         if depthwise:
             self.linear(DepthwiseConv, (*kernel, channels), **windows)
             return
         outputs = outputs or self.draw(st.integers(1, 4))
-        groups = 1 if self.streams else self.draw(st.sampled_from(_common_divisors(channels, outputs)))
+        groups = self.draw(st.sampled_from(_common_divisors(channels, outputs)))
         self.linear(Conv, (*kernel, channels // groups, outputs), groups=groups, **windows)
 
     def pool(self, op: type[Op]) -> None:
         sizes = (1, 2, 3) if op is MaxPool else (1, 2)
         window = tuple(self.draw(st.sampled_from([n for n in sizes if n <= size])) for size in self.shape[:-1])
-        stride = window if self.streams else tuple(self.draw(st.integers(1, 3)) for _ in window)
+        stride = tuple(self.draw(st.integers(1, 3)) for _ in window)
         self.add(op, window=window, stride=stride)
 
 
