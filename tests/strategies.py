@@ -15,13 +15,19 @@ from hmq_fpga.ir.ops import (
     Dense,
     DepthwiseConv,
     Flatten,
+    Gather,
     Input,
     LeakyRelu,
+    Maximum,
     MaxPool,
+    Minimum,
+    Multiply,
     Op,
     Pad,
     Quantize,
     Scale,
+    Subtract,
+    Table,
     Upsample,
 )
 
@@ -38,21 +44,20 @@ def formats(draw, *, signed=EITHER, bits=BITS, thresholds_log2=THRESHOLDS_LOG2) 
 
 
 @st.composite
-def qnets(draw, *, images=EITHER, bits=BITS, thresholds_log2=THRESHOLDS_LOG2, streams=False) -> QNet:
+def qnets(draw, *, images=EITHER, bits=BITS, thresholds_log2=THRESHOLDS_LOG2) -> QNet:
     """Networks as a search leaves them, over all ops: whatever a layer with weights or a merge reads is quantized.
 
     Args:
         images: whether there are spatial dimensions, one or two.
-        streams: only what hls4ml's io_stream computes.
     """
-    return _Drawing(draw, bits, thresholds_log2, streams).net(draw(images))
+    return _Drawing(draw, bits, thresholds_log2).net(draw(images))
 
 
 class _Drawing:
     """A network in the making."""
 
-    def __init__(self, draw, bits, thresholds_log2, streams: bool) -> None:
-        self.draw, self.bits, self.thresholds_log2, self.streams = draw, bits, thresholds_log2, streams
+    def __init__(self, draw, bits, thresholds_log2) -> None:
+        self.draw, self.bits, self.thresholds_log2 = draw, bits, thresholds_log2
         self.rng = np.random.default_rng(draw(SEEDS))
         self.ops: list[Op] = []
         self.outputs: tuple[str, ...] = ()
@@ -68,8 +73,6 @@ class _Drawing:
             trunks = [self.last]
             self.move()
             self.add(Flatten)
-            if not isinstance(self.ops[-2], Quantize | MaxPool | Pad | Upsample):
-                self.quantize()
         for i in range(layers := self.draw(st.integers(1, 3))):
             if not i and not image and self.draw(st.integers(0, 3)) == 0:
                 self.scale()
@@ -77,6 +80,7 @@ class _Drawing:
             self.linear(Dense, (self.shape[0], self.draw(st.integers(1, 8))))
             if i < layers - 1:
                 self.quantize()
+                self.function()
         if self.draw(st.integers(0, 3)) == 0:
             self.heads(self.draw(st.lists(st.sampled_from([*trunks, self.ops[-1].source]), min_size=1, max_size=2)))
         return QNet(tuple(self.ops), self.outputs)
@@ -108,6 +112,9 @@ class _Drawing:
         known = [op.name for op in self.ops].index(name)
         return QNet(tuple(self.ops)).shapes[name] if known else self.ops[0].shape
 
+    def format_of(self, name: str) -> Fixed:
+        return QNet(tuple(self.ops)).formats[name]
+
     def format(self, signed: bool | None = None) -> Fixed:
         sign = EITHER if signed is None else st.just(signed)
         return self.draw(formats(signed=sign, bits=self.bits, thresholds_log2=self.thresholds_log2))
@@ -130,7 +137,7 @@ class _Drawing:
 
     def block(self) -> None:
         """A layer with weights or a pair of branches, what may follow it, and a quantizer."""
-        kind = self.draw(st.sampled_from(["conv", "conv", "depthwise", "scale", "residual", "concat"]))
+        kind = self.draw(st.sampled_from(["conv", "conv", "depthwise", "scale", "elementwise", "concat"]))
         match kind:
             case "conv":
                 self.conv(self.kernel())
@@ -138,8 +145,10 @@ class _Drawing:
                 self.conv(self.kernel(), depthwise=True)
             case "scale":
                 self.scale()
-            case "residual" | "concat":
-                self.branches(Add if kind == "residual" else Concat)
+            case "elementwise":
+                self.branches(self.draw(st.sampled_from([Add, Subtract, Maximum, Minimum, Multiply])))
+            case "concat":
+                self.branches(Concat)
         match self.draw(st.sampled_from(["", "leaky", "average", "max"])):
             case "leaky":
                 self.add(LeakyRelu, shift=self.draw(st.integers(0, 4)))
@@ -152,14 +161,44 @@ class _Drawing:
 
     def branches(self, merge: type[Op]) -> None:
         trunk = self.last
-        outputs = self.shape[-1] if merge is Add else None
+        if merge is not Subtract and self.draw(st.integers(0, 3)) == 0:
+            self.add(merge, sources=(trunk, trunk))
+            return
+        outputs = None if merge is Concat else self.shape[-1]
         self.conv(tuple(1 for _ in self.shape[:-1]), plain=True, outputs=outputs)
         self.quantize()
         self.add(merge, sources=(self.last, trunk) if self.draw(EITHER) else (trunk, self.last))
 
+    def function(self) -> None:
+        """A function of values that have a format, or of some of them."""
+        match self.draw(st.sampled_from(["", "", "table", "square", "gather"])):
+            case "table":
+                self.table()
+            case "square":
+                self.add(Multiply, sources=(self.last, self.last))
+                self.quantize()
+            case "gather":
+                self.gather()
+
+    def table(self) -> None:
+        """As often of any values as of a function that grows."""
+        format_ = self.format()
+        values = _codes(self.rng, format_, (1 << self.format_of(self.last).width,))
+        self.add(Table, values=np.sort(values) if self.draw(EITHER) else values, format=format_)
+
+    def gather(self) -> None:
+        """As many dimensions, of any sizes; one value in five or so is the filling."""
+        shape = tuple(self.draw(st.integers(1, 5)) for _ in self.shape)
+        held = self.format_of(self.last)
+        index = self.rng.integers(-(np.prod(self.shape) // 4), np.prod(self.shape), shape)
+        fill = self.draw(st.sampled_from([0, held.lo, held.hi]))
+        self.add(Gather, index=np.maximum(index, -1), fill=fill)
+
     def move(self) -> None:
-        """What moves values that have a format."""
-        match self.draw(st.sampled_from(["", "", "max", "pad", "up"])):
+        """What moves values that have a format, or gives them another one."""
+        match self.draw(st.sampled_from(["", "", "max", "pad", "up", "function"])):
+            case "function":
+                self.function()
             case "max":
                 self.pool(MaxPool)
             case "pad":
@@ -176,19 +215,28 @@ class _Drawing:
     def conv(self, kernel, *, depthwise: bool = False, plain: bool = False, outputs: int | None = None) -> None:
         dims, channels = len(kernel), self.shape[-1]
         stride = [self.draw(st.integers(1, 2)) for _ in kernel]
-        if depthwise or plain:  # TensorFlow's depthwise convolutions have one stride for both dimensions
-            stride = [1 if plain else stride[0]] * dims
-        elif self.streams and dims == 2 and kernel[0] == 1:
-            stride[0] = 1
-        padding = tuple((0, 0) for _ in kernel) if plain else self.padding(dims)
-        shape = kernel + ((channels,) if depthwise else (channels, outputs or self.draw(st.integers(1, 4))))
-        self.linear(DepthwiseConv if depthwise else Conv, shape, stride=tuple(stride), padding=padding)
+        if plain:
+            stride = [1] * dims
+        windows = {"stride": tuple(stride), "padding": tuple((0, 0) for _ in kernel) if plain else self.padding(dims)}
+        if self.draw(EITHER):
+            fits = [[d for d in (1, 2) if (k - 1) * d < n] for k, n in zip(kernel, self.shape, strict=False)]
+            windows["dilation"] = tuple(self.draw(st.sampled_from(steps)) for steps in fits)
+        if depthwise:
+            self.linear(DepthwiseConv, (*kernel, channels), **windows)
+            return
+        outputs = outputs or self.draw(st.integers(1, 4))
+        groups = self.draw(st.sampled_from(_common_divisors(channels, outputs)))
+        self.linear(Conv, (*kernel, channels // groups, outputs), groups=groups, **windows)
 
     def pool(self, op: type[Op]) -> None:
         sizes = (1, 2, 3) if op is MaxPool else (1, 2)
         window = tuple(self.draw(st.sampled_from([n for n in sizes if n <= size])) for size in self.shape[:-1])
-        stride = window if self.streams else tuple(self.draw(st.integers(1, 3)) for _ in window)
+        stride = tuple(self.draw(st.integers(1, 3)) for _ in window)
         self.add(op, window=window, stride=stride)
+
+
+def _common_divisors(*numbers: int) -> list[int]:
+    return [n for n in range(1, 1 + min(numbers)) if not any(number % n for number in numbers)]
 
 
 def _codes(rng: np.random.Generator, format_: Fixed, shape: tuple[int, ...]) -> Codes:

@@ -531,7 +531,8 @@ class Table(_Unary):
         return Ranges(np.array([values.min() for values in read]), np.array([values.max() for values in read]))
 
     def run(self, sources: Sequence[TensorType], codes: Sequence[Codes]) -> Codes:
-        return self.values[codes[0] - sources[0].format.lo]
+        found: Codes = self.values[codes[0] - sources[0].format.lo]
+        return found
 
 
 # --- operations that only move values --------------------------------------------------------------------------------
@@ -598,7 +599,7 @@ class Flatten(_Unary):
         return Ranges(np.tile(ranges[0].lo, positions), np.tile(ranges[0].hi, positions))
 
     def run(self, sources: Sequence[TensorType], codes: Sequence[Codes]) -> Codes:
-        return codes[0].reshape(len(codes[0]), -1)
+        return codes[0].reshape(len(codes[0]), math.prod(sources[0].shape))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -631,9 +632,9 @@ class Gather(_Unary):
         return Ranges(lo.min(axis=0), hi.max(axis=0))
 
     def run(self, sources: Sequence[TensorType], codes: Sequence[Codes]) -> Codes:
-        values = codes[0].reshape(len(codes[0]), -1)[:, self.index.ravel()]
-        values[:, self.index.ravel() < 0] = self.fill
-        return values.reshape(-1, *self.index.shape)
+        values = codes[0].reshape(len(codes[0]), math.prod(sources[0].shape))[:, self.index]
+        values[:, self.index < 0] = self.fill
+        return values
 
 
 # --- operations on two tensors ---------------------------------------------------------------------------------------
@@ -648,7 +649,8 @@ class _Merge(_Op):
         return self.sources
 
     def check(self) -> None:
-        pass
+        if len(self.sources) != 2:
+            raise InvalidInput(f"merges two tensors, not {self.sources}")
 
     def macs(self, result: TensorType) -> int:
         return 0

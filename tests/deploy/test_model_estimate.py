@@ -8,7 +8,7 @@ from hmq_fpga.deploy.rtl.estimate import estimate, signed_digits
 from hmq_fpga.deploy.rtl.project import RtlProject
 from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.ir.network import QNet
-from hmq_fpga.ir.ops import Dense
+from hmq_fpga.ir.ops import Dense, Gather, Input, Maximum, Minimum, Multiply, Op, Subtract, Table
 from tests.deploy.networks import Builder
 from tests.strategies import qnets
 
@@ -19,6 +19,11 @@ def unsigned(width: int, frac: int = 0) -> Fixed:
 
 def signed(width: int, frac: int = 0) -> Fixed:
     return Fixed(signed=True, width=width, frac=frac)
+
+
+def dense(name: str, source: str, inputs: int) -> Dense:
+    weight = np.arange(3 * inputs).reshape(inputs, 3) % 7 - 3
+    return Dense(name=name, source=source, weight=weight, weight_format=signed(3), bias=np.zeros(3, np.int64))
 
 
 def perceptron(bits: int) -> QNet:
@@ -46,6 +51,40 @@ def convolution() -> QNet:
 def test_it_predicts_what_the_tracer_counts(net, tmp_path):
     traced = RtlProject.create(net, tmp_path / "rtl").trace_resources()
     assert 0.8 < estimate(net).lut / traced.lut < 1.25
+
+
+def pair(kind: type[Op], *widths: int) -> QNet:
+    ops = [Input(name=name, shape=(2,), format=signed(width)) for name, width in zip("ab", widths, strict=True)]
+    return QNet((*ops, kind(name="op", sources=("a", "b"))))
+
+
+def table(width: int, value_bits: int) -> QNet:
+    values = np.random.default_rng(0).integers(0, 1 << value_bits, 1 << width)
+    op = Table(name="op", source="x", values=values, format=unsigned(value_bits))
+    return QNet((Input(name="x", shape=(2,), format=signed(width)), op))
+
+
+FUNCTIONS = {
+    **{kind.__name__: pair(kind, 6, 4) for kind in (Subtract, Maximum, Minimum, Multiply)},
+    "wide": pair(Multiply, 8, 7),
+    **{f"table{width}": table(width, 6) for width in (3, 6, 8, 10)},
+}
+
+
+@pytest.mark.parametrize("net", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_it_predicts_what_the_tracer_counts_for_single_functions(net, tmp_path):
+    traced = RtlProject.create(net, tmp_path / "rtl").trace_resources()
+    assert 0.7 < estimate(net).lut / traced.lut < 1.45
+
+
+def test_what_is_not_gathered_costs_nothing():
+    net = perceptron(3)
+    index, source = np.array([0, 5, 0, -1]), "relu0"
+    ops = (*net.ops[:3], Gather(name="some", source=source, index=index), dense("fc", "some", 4))
+    kept = np.isin(np.arange(24), index)
+    fc0 = replace(net["fc0"], weight=net["fc0"].weight * kept)
+    without = (net.ops[0], fc0, *ops[2:])
+    assert estimate(QNet(ops)).lut == estimate(QNet(without)).lut < 0.2 * estimate(net).lut
 
 
 def test_more_weight_bits_and_fewer_zeros_cost_more():

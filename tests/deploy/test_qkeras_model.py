@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from numpy.testing import assert_array_equal
 
 from hmq_fpga.deploy.qkeras import versions
+from hmq_fpga.deploy.qkeras.config import hls4ml_config
 from hmq_fpga.deploy.qkeras.model import QKerasSimulator, export, float_type, layer_name, load, save, to_qkeras
 from hmq_fpga.deploy.qkeras.versions import import_keras, quantizer_attribute
 from hmq_fpga.deploy.toolchain import ToolMissing
@@ -17,7 +18,7 @@ from hmq_fpga.ir import reference
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.ir.network import QNet
-from hmq_fpga.ir.ops import Dense, Input, Quantize, Scale
+from hmq_fpga.ir.ops import Concat, Dense, Flatten, Gather, Input, Quantize, Scale, Table
 from tests import outside
 from tests.strategies import inputs, qnets
 
@@ -106,8 +107,21 @@ def wide() -> QNet:
     return _wide(40)
 
 
-def test_saved_models_predict_the_same_in_a_fresh_process(mlp, wide, samples, tmp_path):
-    nets = {tmp_path / "float32": mlp, tmp_path / "float64": wide}
+@pytest.fixture(scope="module")
+def moved() -> QNet:
+    """Layers of this package's own: a table whose values only float64 holds, and values moved around a filling."""
+    three, fine = Fixed(signed=True, width=3, frac=1), Fixed(signed=True, width=30, frac=4)
+    values = np.array([-(2**29), -3, 7, 2**29 - 1, 1, 0, -1, 2**28 + 1])
+    ops = (
+        Input(name="x", shape=(2, 3), format=three),
+        Table(name="table", source="x", values=values, format=fine),
+        Gather(name="gather", source="table", index=np.array([[5, -1], [0, 5]]), fill=2**29 - 3),
+    )
+    return QNet(ops)
+
+
+def test_saved_models_predict_the_same_in_a_fresh_process(mlp, wide, moved, samples, tmp_path):
+    nets = {tmp_path / "float32": mlp, tmp_path / "float64": wide, tmp_path / "moved": moved}
     for folder, net in nets.items():
         export(net, folder)
         np.save(folder / "x.npy", samples(net))
@@ -161,6 +175,38 @@ def test_without_qkeras_one_line_says_how_to_get_it(mlp, samples, tmp_path, monk
         with pytest.raises(ToolMissing, match=line):
             use()
     assert not any(tmp_path.iterdir())
+
+
+def test_several_inputs_are_a_list(tmp_path):
+    byte, three = Fixed(signed=True, width=8, frac=4), Fixed(signed=False, width=3, frac=-1)
+    weight = {"weight": np.arange(14).reshape(7, 2) - 7, "weight_format": Fixed(signed=True, width=4, frac=0)}
+    net = QNet(
+        (
+            Input(name="image", shape=(2, 1, 2), format=byte),
+            Input(name="extra", shape=(3,), format=three),
+            Flatten(name="flat", source="image"),
+            Concat(name="all", sources=("extra", "flat")),
+            Dense(name="fc", source="all", **weight, bias=np.array([1, -1])),
+        )
+    )
+    x = np.random.default_rng(0).normal(scale=9, size=(50, 7)).astype(np.float32)
+    x[0] = 1e7
+    export(net, tmp_path)
+    expected = reference.trace(net, x)
+    for simulator in (QKerasSimulator(net), QKerasSimulator.load(net, tmp_path)):
+        actual = simulator.trace(x)
+        for op in net.ops:
+            assert_array_equal(actual[op.name], expected[op.name], err_msg=op.name)
+    parts = net.split_inputs(x[1:])
+    assert_array_equal(np.asarray(to_qkeras(net)([*parts.values()])), net.decode(expected["fc"])[1:])
+    assert not (tmp_path / "hls4ml_config.json").exists()
+    with pytest.raises(InvalidInput, match="has 2 inputs, and only one"):
+        hls4ml_config(net)
+
+
+def test_hls4mls_own_conversion_is_not_offered_for_what_it_may_compute_otherwise(moved):
+    with pytest.raises(InvalidInput, match="op 'table': hls4ml's Keras conversion is not known to keep a Table"):
+        hls4ml_config(moved)
 
 
 def _wide(bits: int) -> QNet:

@@ -1,6 +1,7 @@
 import json
 import re
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,7 +21,20 @@ from hmq_fpga.ir import reference
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.ir.network import QNet
-from hmq_fpga.ir.ops import Dense, Input, LeakyRelu, Quantize
+from hmq_fpga.ir.ops import (
+    Add,
+    Concat,
+    Dense,
+    Gather,
+    Input,
+    LeakyRelu,
+    Maximum,
+    Minimum,
+    Multiply,
+    Quantize,
+    Subtract,
+    Table,
+)
 from tests.deploy.networks import Builder
 from tests.strategies import SEEDS, inputs, qnets
 
@@ -55,6 +69,7 @@ SIGNED_BITS = QNet(
     )
 )
 CONSTANT_PART = chain(unsigned(3), [[0, 3], [0, -1]], [5, 0], unsigned(2, -1))
+ALWAYS_ODD = chain(signed(1), [[-4], [1]], [5], unsigned(5, -3))  # half to even, where half up is one
 ALWAYS_SATURATED = chain(unsigned(3), [[1]], [900], unsigned(4))
 BELOW_THE_STEP = chain(unsigned(3), [[1]], [0], unsigned(4, -200))
 ABOVE_THE_RANGE = chain(signed(3), [[1]], [0], signed(4, 200))
@@ -77,6 +92,7 @@ MULTIPLES = QNet(  # a leaky ReLU compares a value that is never negative with t
 @example(net=SCALED, seed=0)
 @example(net=SIGNED_BITS, seed=0)
 @example(net=CONSTANT_PART, seed=0)
+@example(net=ALWAYS_ODD, seed=0)
 @example(net=ALWAYS_SATURATED, seed=0)
 @example(net=BELOW_THE_STEP, seed=0)
 @example(net=ABOVE_THE_RANGE, seed=0)
@@ -133,6 +149,33 @@ def test_the_verilog_computes_the_network_with_a_new_sample_at_every_clock(proje
     result.raise_for_mismatch()
     assert list(result.simulators) == ["trace", "rtl"]
     assert project.latency_cycles > 2
+
+
+@pytest.fixture(scope="module")
+def functions(tmp_path_factory) -> RtlProject:
+    """Every function of values, of all pairs of a signed and an unsigned code, and of codes half of which are known."""
+    values = np.random.default_rng(0).integers(-16, 16, 1 << 7)
+    ops = [
+        Input(name="a", shape=(1,), format=signed(4)),
+        Input(name="b", shape=(1,), format=unsigned(3, 1)),
+        Concat(name="ab", sources=("a", "b")),
+        dense([[1, -1, 2, 0], [1, 1, 0, 0]], [5, 0, 1, -3], source="ab", name="sums"),
+        dense([[-1, 1, 1, 2], [1, 2, 0, 0]], [0, -9, 3, 4], source="ab", name="others"),
+        Table(name="table", source="others", values=values, format=signed(5)),
+        *(kind(name=kind.__name__, sources=("sums", "others")) for kind in (Add, Subtract, Maximum, Minimum, Multiply)),
+        Multiply(name="square", sources=("sums", "sums")),
+        Gather(name="gather", source="sums", index=np.array([3, -1, 0, 0]), fill=7),
+    ]
+    net = QNet(tuple(ops), ("table", "Add", "Subtract", "Maximum", "Minimum", "Multiply", "square", "gather"))
+    return RtlProject.create(net, tmp_path_factory.mktemp("functions") / "rtl", latency_cutoff=1.0)
+
+
+def test_the_verilog_computes_every_function_of_all_codes(functions):
+    formats = [op.format for op in functions.net.inputs]
+    x = np.array(list(product(*[format_.decode(np.arange(format_.lo, format_.hi + 1)) for format_ in formats])))
+    result = parity.check(functions.net, [functions.interpreter(), functions.simulator()], x)
+    result.raise_for_mismatch()
+    assert result.samples == 1 << 7
 
 
 def test_combinational_logic_has_no_clock_and_a_changed_constant_in_it_breaks_parity(
@@ -279,6 +322,9 @@ def test_what_does_not_fit_is_refused_before_tracing(monkeypatch, tmp_path):
     wide = chain(unsigned(24), [[1]], [1 << 30])
     with pytest.raises(InvalidInput, match=r"op 'dense': its 31 bits exceed the 28"):
         RtlProject.create(wide, tmp_path / "rtl")
+    table = Table(name="table", source="x", values=np.arange(8), format=signed(25))
+    with pytest.raises(InvalidInput, match=r"op 'table': its 25-bit values exceed the 24 bits of RTL"):
+        RtlProject.create(QNet((Input(name="x", shape=(1,), format=unsigned(3)), table)), tmp_path / "rtl")
     assert not any(tmp_path.iterdir())
 
 

@@ -24,14 +24,17 @@ from hmq_fpga.ir.ops import (
     Dense,
     DepthwiseConv,
     Flatten,
+    Gather,
     Input,
     LeakyRelu,
     Linear,
     MaxPool,
+    Multiply,
     Op,
     Pad,
     Quantize,
     Scale,
+    Table,
     Upsample,
 )
 from tests.strategies import EITHER, SEEDS, inputs, qnets
@@ -80,6 +83,12 @@ def fc(**changes: Any) -> Dense:
     return replace(op, **changes)
 
 
+WINDOW: dict[str, Any] = {
+    "weight_format": WEIGHT,
+    "bias": np.zeros(4, np.int64),
+    "stride": (1, 1),
+    "padding": ((0, 0), (0, 0)),
+}
 OPS: tuple[Op, ...] = (image(), conv(), relu(), pool(), flat(), fc())
 
 
@@ -175,11 +184,30 @@ def after_relu(op: type[Op], **values: Any) -> tuple[Op, ...]:
         (after_relu(Pad, padding=((1, 0), (0, -1))), "padding .* out of range"),
         (after_relu(Upsample, factor=(2, 0)), "factor"),
         (after_relu(Upsample, factor=(2, 2, 2)), "factor"),
-        (after_relu(Add, sources=("relu", "relu")), "merges two different tensors"),
-        (after_relu(Add, sources=("relu",)), "merges two different tensors"),
+        (after_relu(Add, sources=("relu",)), "merges two tensors, not"),
+        (after_relu(Multiply, sources=("relu",) * 3), "merges two tensors, not"),
         (after_relu(Add, sources=("relu", "fc")), "must read earlier"),
         (after_relu(Add, sources=("x", "relu")), "cannot merge"),
         (after_relu(Concat, sources=("x", "relu")), "cannot merge"),
+        (after_relu(Multiply, sources=("x", "relu")), "cannot merge"),
+        (after_relu(Table, values=np.arange(256.0), format=BYTE), "values are int64"),
+        (after_relu(Table, values=np.arange(100), format=BYTE), "a power of two of them"),
+        (after_relu(Table, values=np.array(1), format=BYTE), "in one dimension"),
+        (after_relu(Table, values=np.arange(64), format=BYTE), "a table of 64 values is read by ap_ufixed<8,0"),
+        (after_relu(Table, values=np.arange(256), format=WEIGHT), "a value of the table is outside"),
+        (after_relu(Table, values=np.zeros(1 << 13, np.int64), format=BYTE), "exceeds 12 bits"),
+        (after_relu(Gather, index=np.array([60])), "reads value 60 of"),
+        (after_relu(Gather, index=np.array([-2, 0])), "-1 or more"),
+        (after_relu(Gather, index=np.zeros((2, 0), np.int64)), "at least one value"),
+        (after_relu(Gather, index=np.array([0.0])), "index is int64"),
+        (after_relu(Gather, index=np.array(0)), "at least one value"),
+        (after_relu(Gather, index=np.array([0]), fill=256), "its fill 256 is outside"),
+        (after_relu(Conv, **WINDOW, weight=np.ones((1, 1, 2, 4), np.int64), groups=3), "4 outputs are not 3 groups"),
+        (after_relu(Conv, **WINDOW, weight=np.ones((1, 1, 2, 4), np.int64), groups=4), "takes 8"),
+        (after_relu(Conv, **WINDOW, weight=np.ones((1, 1, 2, 4), np.int64), groups=0), "are not 0 groups"),
+        (after_relu(Conv, **WINDOW, weight=np.ones((2, 2, 4, 4), np.int64), dilation=(2,)), "dilation"),
+        (after_relu(Conv, **WINDOW, weight=np.ones((2, 2, 4, 4), np.int64), dilation=(1, 0)), "dilation"),
+        (after_relu(Conv, **WINDOW, weight=np.ones((2, 2, 4, 4), np.int64), dilation=(10**9, 1)), "its window"),
         (
             after_relu(Scale, weight=np.ones(3, np.int64), weight_format=WEIGHT, bias=np.zeros(3, np.int64)),
             "takes 3",
@@ -304,6 +332,25 @@ def test_version_2_is_read(net: QNet) -> None:
             QNet.load(folder)
 
 
+def test_version_3_is_read(tmp_path: Path) -> None:
+    """It had neither groups nor dilation."""
+    net = QNet(OPS)
+    description, arrays = {**net._description(), "format_version": 3}, net._arrays()
+    for entry in description["ops"]:
+        entry.pop("groups", None)
+        entry.pop("dilation", None)
+    digest = _digest(description, arrays)
+    (tmp_path / "network.json").write_text(json.dumps({"digest": digest, **description}))
+    np.savez(tmp_path / "weights.npz", **arrays)
+    assert QNet.load(tmp_path).digest == net.digest
+
+
+def test_products_beyond_int64_are_refused() -> None:
+    wide = Quantize(name="wide", source="conv", format=Fixed(signed=True, width=32, frac=0))
+    with pytest.raises(InvalidInput, match=r"op 'square': products of .* exceed 62 bits"):
+        QNet((*OPS[:2], wide, Multiply(name="square", sources=("wide", "wide"))))
+
+
 def test_grids_too_far_apart_are_not_merged() -> None:
     coarse = relu(format=Fixed(signed=False, width=40, frac=-10))
     fine = Quantize(name="fine", source="conv", format=Fixed(signed=False, width=40, frac=20))
@@ -361,7 +408,11 @@ def test_digest_changes_with_any_format(net: QNet, wider: bool, data: st.DataObj
     field = "weight_format" if isinstance(op, Linear) else "format"
     old = getattr(op, field)
     new = replace(old, width=old.width + 1) if wider else replace(old, frac=old.frac + 1)
-    assert QNet((*net.ops[:i], replace(op, **{field: new}), *net.ops[i + 1 :]), net.outputs).digest != net.digest
+    ops = (*net.ops[:i], replace(op, **{field: new}), *net.ops[i + 1 :])
+    try:
+        assert QNet(ops, net.outputs).digest != net.digest
+    except InvalidInput as error:
+        assert wider and "is read by" in str(error)
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from hmq_fpga.deploy.hls.types import precisions
-from hmq_fpga.deploy.qkeras.names import check_distinct, layer_name, values_name
+from hmq_fpga.deploy.qkeras.names import check_distinct, layer_name, mixes_channels, values_name
+from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.network import QNet
-from hmq_fpga.ir.ops import Conv, Dense, DepthwiseConv, Input
+from hmq_fpga.ir.ops import Conv, Dense, DepthwiseConv, Gather, Input, Maximum, Minimum, Multiply, Subtract, Table
 
 
 def hls4ml_config(net: QNet) -> dict[str, Any]:
@@ -24,8 +25,14 @@ def hls4ml_config(net: QNet) -> dict[str, Any]:
     `int<4>`, an unsigned one signed), past any type that is given; the constants are on their grids already.
 
     Raises:
-        InvalidInput: where hls4ml, to which upper and lower case are one, could not tell two layers apart.
+        InvalidInput: where hls4ml, to which upper and lower case are one, could not tell two layers apart; for several
+            inputs, and for ops that its conversion does not read, or not exactly.
     """
+    for op in net.ops:
+        if isinstance(op, Gather | Table | Subtract | Maximum | Minimum | Multiply) or len(set(op.reads)) < len(
+            op.reads
+        ):
+            raise InvalidInput(f"op {op.name!r}: hls4ml's Keras conversion is not known to keep a {type(op).__name__}")
     layers: dict[str, Any] = {}
     split_off: list[str] = []
     for op, types in zip(net.ops, precisions(net).values(), strict=True):
@@ -35,7 +42,8 @@ def hls4ml_config(net: QNet) -> dict[str, Any]:
             case Input():
                 layers[values_name(op)] = result
             case Dense() | Conv() | DepthwiseConv():
-                weight = "depthwise_quantizer" if isinstance(op, DepthwiseConv) else "weight_quantizer"
+                depthwise = isinstance(op, DepthwiseConv) and not mixes_channels(op)
+                weight = "depthwise_quantizer" if depthwise else "weight_quantizer"
                 layers[op.name] |= {weight: None, "bias_quantizer": None}
                 # The activation that hls4ml splits off. With one of the two types unset it drops the next quantizer.
                 split_off.append(f"{op.name}_linear")

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from hmq_fpga.deploy.parity import to_codes
 from hmq_fpga.deploy.qkeras.config import hls4ml_config
-from hmq_fpga.deploy.qkeras.names import check_distinct, layer_name, padding_name, values_name
+from hmq_fpga.deploy.qkeras.names import check_distinct, layer_name, mixes_channels, padding_name, values_name
 from hmq_fpga.deploy.qkeras.versions import custom_objects, floatx, import_keras, plain_batch_norm, quiet
 from hmq_fpga.ir.errors import InvalidInput, assert_never
 from hmq_fpga.ir.fixed import Codes, Fixed
@@ -30,16 +30,23 @@ from hmq_fpga.ir.ops import (
     Dense,
     DepthwiseConv,
     Flatten,
+    Gather,
     Input,
     LeakyRelu,
     Linear,
+    Maximum,
     MaxPool,
+    Merge,
+    Minimum,
+    Multiply,
     Op,
     Pad,
     Padding,
     Quantize,
     Scale,
     Shape,
+    Subtract,
+    Table,
     Upsample,
 )
 
@@ -52,9 +59,10 @@ _FLOAT32_BITS = 24  # of its significand
 def to_qkeras(net: QNet) -> Any:
     """The QKeras model of a network: real inputs `(batch, *input shape)` to real outputs, channels last.
 
-    Of a network with several outputs it gives a list of them. A layer has the name of its op (see `layer_name`); a
-    padding that is neither `valid` nor `same` is one more layer, `<op>_padding`. Where float32 cannot hold every sum
-    the model is float64 (see `float_type`).
+    Several inputs it takes as a list (see `QNet.split_inputs`), and several outputs it gives as one. A layer has the
+    name of its op (see `layer_name`); a padding that is neither `valid` nor `same` is one more layer, `<op>_padding`.
+    Groups and dilation are zeros among the weights, and so are the other channels of a depthwise convolution that
+    TensorFlow lacks. Where float32 cannot hold every sum the model is float64 (see `float_type`).
 
     Raises:
         ToolMissing: where QKeras is not installed.
@@ -72,8 +80,9 @@ def to_qkeras(net: QNet) -> Any:
 def save(model: Any, path: Path) -> None:
     """Write a QKeras model to a `.keras` file, which `load` reads.
 
-    So does `keras.models.load_model` with QKeras's objects. Thresholds below one and float64 models then take this
-    package's `small` as well: with Keras 2 the package must be installed, with Keras 3 that module imported.
+    So does `keras.models.load_model` with QKeras's objects. Thresholds below one, float64 models, tables and moved
+    values then take this package's `small` as well: with Keras 2 the package must be installed, with Keras 3 that
+    module imported.
     """
     import_keras()
     with quiet():
@@ -177,17 +186,30 @@ class QKerasSimulator:
         return self._run(x, self.net.ops)
 
     def _run(self, x: npt.NDArray[np.float32], ops: Sequence[Op]) -> dict[str, Codes]:
-        # QKeras quantizes as x + (q - x), which rounds where |x| is many times |q|. Values beyond twice the
-        # threshold saturate alike, so a clip there changes no code.
-        bound = 2.0 ** (self.net.input.format.threshold_log2 + 1)
-        x = np.clip(x, -bound, bound)
+        inputs = [
+            _within_range(op, part) for op, part in zip(self.net.inputs, self.net.split_inputs(x).values(), strict=True)
+        ]
         outputs = {op.name: self.model.get_layer(layer_name(op)).output for op in ops}
         model = import_keras().Model(self.model.input, outputs)
-        batches = [model(x[i : i + BATCH]) for i in range(0, len(x), BATCH)]
+        batches = [model(_one_or_list([part[i : i + BATCH] for part in inputs])) for i in range(0, len(x), BATCH)]
         return {
             op.name: to_codes(np.concatenate([b[op.name] for b in batches]), self.net.formats[op.name], op.name)
             for op in ops
         }
+
+
+def _within_range(op: Input, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Values without those beyond twice the threshold, which saturate alike.
+
+    QKeras quantizes as x + (q - x), which rounds where |x| is many times |q|.
+    """
+    bound = 2.0 ** (op.format.threshold_log2 + 1)
+    return np.clip(x, -bound, bound)
+
+
+def _one_or_list(values: list[Any]) -> Any:
+    """What Keras takes for, and gives as, the inputs or outputs of a model."""
+    return values if len(values) > 1 else values[0]
 
 
 def _significant_bits(net: QNet, op: Op) -> int:
@@ -202,9 +224,9 @@ def _significant_bits(net: QNet, op: Op) -> int:
             return net.partial_sum_bits(op)
         case Scale():  # in float32 TensorFlow takes the reciprocal root of a variance of one, by eights, for 0.9999999
             return max(net.partial_sum_bits(op), _FLOAT32_BITS + 1)
-        case AvgPool() | LeakyRelu() | Add():
+        case AvgPool() | LeakyRelu() | Table() | Add() | Subtract() | Multiply():
             return net.formats[op.name].width
-        case MaxPool() | Pad() | Upsample() | Flatten() | Concat():
+        case MaxPool() | Pad() | Upsample() | Flatten() | Gather() | Maximum() | Minimum() | Concat():
             return 0
         case _:
             assert_never(op)
@@ -212,22 +234,22 @@ def _significant_bits(net: QNet, op: Op) -> int:
 
 def _connected(net: QNet, keras: Any, dtype: FloatType) -> Any:
     """The Keras model of all ops, without their constants."""
-    check_distinct([values_name(net.input), *map(layer_name, net.ops), *map(padding_name, _padded(net))], "Keras")
+    names = [*map(values_name, net.inputs), *map(layer_name, net.ops), *map(padding_name, _padded(net))]
+    check_distinct(names, "Keras")
+    inputs = {op.name: keras.Input(op.shape, dtype=dtype, name=values_name(op)) for op in net.inputs}
     tensors: dict[str, Any] = {}
-    source = keras.Input(net.input.shape, dtype=dtype, name=values_name(net.input))
     for op in net.ops:
-        tensors[op.name] = _apply(net, op, tensors, source, keras, dtype)
-    outputs = [tensors[name] for name in net.outputs]
-    return keras.Model(source, outputs if len(outputs) > 1 else outputs[0])
+        tensors[op.name] = (
+            _activation(op, dtype)(inputs[op.name]) if isinstance(op, Input) else _apply(net, op, tensors, keras, dtype)
+        )
+    return keras.Model(_one_or_list([*inputs.values()]), _one_or_list([tensors[name] for name in net.outputs]))
 
 
-def _apply(net: QNet, op: Op, tensors: dict[str, Any], inputs: Any, keras: Any, dtype: FloatType) -> Any:
+def _apply(net: QNet, op: Computed, tensors: dict[str, Any], keras: Any, dtype: FloatType) -> Any:
     """The Keras tensor of an op."""
-    if isinstance(op, Input):
-        return _activation(op, dtype)(inputs)
     sources = [tensors[name] for name in op.reads]
     layer = _layer(net, op, keras, dtype)
-    if isinstance(op, Add | Concat):
+    if isinstance(op, Merge):
         return layer(sources)
     if isinstance(op, Conv | DepthwiseConv) and op in _padded(net):
         return layer(_zero_padding(keras, op.padding, padding_name(op))(*sources))
@@ -253,8 +275,9 @@ def _layer(net: QNet, op: Computed, keras: Any, dtype: FloatType) -> Any:
             windows = {"padding": _padding_mode(op, net.shapes[op.source]) or "valid", "strides": op.stride}
             if len(op.stride) == 1:  # QKeras has none: the values are on their grids anyway
                 return layers.DepthwiseConv1D(op.kernel, name=op.name, **windows)
-            if op.stride[0] != op.stride[1]:
-                raise InvalidInput(f"op {op.name!r}: TensorFlow has no depthwise convolution of stride {op.stride}")
+            if mixes_channels(op):
+                quantizers = _quantizers(net, op, "kernel", dtype)
+                return qkeras.QConv2D(op.weight.shape[-1], op.kernel, name=op.name, **windows, **quantizers)
             quantizers = _quantizers(net, op, "depthwise", dtype)
             return qkeras.QDepthwiseConv2D(op.kernel, name=op.name, **windows, **quantizers)
         case Scale():
@@ -263,6 +286,13 @@ def _layer(net: QNet, op: Computed, keras: Any, dtype: FloatType) -> Any:
             return getattr(layers, f"MaxPooling{len(op.window)}D")(op.window, op.stride, name=op.name)
         case AvgPool():
             return getattr(layers, f"AveragePooling{len(op.window)}D")(op.window, op.stride, name=op.name)
+        case Table():
+            source = net.formats[op.source]
+            values = op.format.decode(op.values).tolist()
+            return _small().Table(values, first=source.lo, frac=source.frac, name=op.name)
+        case Gather():
+            fill = op.fill * net.formats[op.source].step
+            return _small().Gather(op.index.tolist(), fill=fill, name=op.name)
         case LeakyRelu():
             return layers.LeakyReLU(2.0**-op.shift, name=op.name)
         case Pad():
@@ -271,8 +301,8 @@ def _layer(net: QNet, op: Computed, keras: Any, dtype: FloatType) -> Any:
             return getattr(layers, f"UpSampling{len(op.factor)}D")(_per_dimension(op.factor), name=op.name)
         case Flatten():
             return layers.Flatten(name=op.name)
-        case Add():
-            return layers.Add(name=op.name)
+        case Add() | Subtract() | Maximum() | Minimum() | Multiply():
+            return getattr(layers, type(op).__name__)(name=op.name)
         case Concat():
             return layers.Concatenate(name=op.name)
         case _:
@@ -296,10 +326,11 @@ def _per_dimension(values: tuple[Any, ...]) -> Any:
 
 def _constants(net: QNet, op: Linear) -> list[npt.NDArray[np.float64]]:
     """The weights of an op's Keras layer."""
-    weight, bias = op.weight_format.decode(op.weight), net.bias_format(op).decode(op.bias)
+    bias = net.bias_format(op).decode(op.bias)
+    weight = op.weight_format.decode(op.full_weight if isinstance(op, Conv | DepthwiseConv) else op.weight)
     match op:
         case DepthwiseConv():
-            return [weight[..., None], bias]
+            return [weight[..., None] * np.eye(len(bias)) if mixes_channels(op) else weight[..., None], bias]
         case Scale():
             return [weight, bias, np.zeros_like(bias), np.ones_like(bias)]  # mean 0, variance 1
         case _:
@@ -339,6 +370,10 @@ def _qkeras(integer: int, dtype: FloatType) -> Any:
 
     if 0 <= integer <= 30 and dtype == "float32":
         return qkeras
+    return _small()
+
+
+def _small() -> Any:
     from hmq_fpga.deploy.qkeras import small
 
     return small

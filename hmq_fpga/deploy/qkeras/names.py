@@ -1,11 +1,11 @@
-"""Names of the layers of a Keras model."""
+"""Kinds and names of the layers of a Keras model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from hmq_fpga.ir.errors import InvalidInput
-from hmq_fpga.ir.ops import Input, Op
+from hmq_fpga.ir.ops import DepthwiseConv, Input, Op
 
 
 def layer_name(op: Op) -> str:
@@ -24,6 +24,11 @@ def values_name(op: Input) -> str:
 def padding_name(op: Op) -> str:
     """Name of the Keras layer that pads for a convolution, where Keras has no name for its padding."""
     return f"{op.name}_padding"
+
+
+def mixes_channels(op: DepthwiseConv) -> bool:
+    """Whether a convolution with zeros between the channels stands for it: TensorFlow has it with one stride only."""
+    return len(set(op.stride)) > 1
 
 
 def check_distinct(names: Iterable[str], program: str) -> None:

@@ -20,6 +20,7 @@ from alkaid.codegen.rtl import RTLModel
 from alkaid.stateful import Signal
 from alkaid.trace import FVariable, FVArray, HWConfig
 from alkaid.trace import trace as trace_program
+from alkaid.trace.ops import reduce
 from alkaid.trace.passes import (
     add_surrogate,
     canonical_sort,
@@ -45,22 +46,29 @@ from hmq_fpga.ir.ops import (
     Conv,
     Dense,
     DepthwiseConv,
+    Elementwise,
     Flatten,
+    Gather,
     Input,
     LeakyRelu,
+    Maximum,
     MaxPool,
+    Minimum,
+    Multiply,
     Op,
     Pad,
     Padding,
     Quantize,
     Scale,
+    Subtract,
+    Table,
     Upsample,
     Window,
 )
 
 SIZE_LIMIT = 50_000  # of `size_estimate`: minutes of tracing, up to some 250,000 LUTs
 MAX_BITS = 28  # of a tensor: all that the tracer computes then fits 31-bit constants and 63-bit values
-MAX_WEIGHT_BITS = 24  # the tracer holds weight matrices in float32
+MAX_CONSTANT_BITS = 24  # the tracer holds weight matrices and tables in float32
 
 _HARDWARE = HWConfig(1, 1, -1)  # delays counted per bit of an adder and of its carry; no pipelining while tracing
 _SOLVER = {
@@ -76,8 +84,8 @@ class NotUnrolled(InvalidInput):
 def size_estimate(net: QNet) -> int:
     """Operations of the unrolled network before any sharing, in milliseconds and without tracing.
 
-    One for each nonzero signed digit of a weight at each output position, each quantized value and each
-    value that a pooling window reads.
+    One for each nonzero signed digit of a weight at each output position, each quantized value, each value that a
+    pooling window reads, each bit of a product's narrower factor, and each 64 entries of a table.
     """
     return sum(_operations(net, op) for op in net.ops)
 
@@ -103,11 +111,15 @@ def _operations(net: QNet, op: Op) -> int:
     match op:
         case Dense() | Conv() | DepthwiseConv() | Scale():
             return positions * int(signed_digits(op.weight).sum()) + values
-        case Quantize() | LeakyRelu() | Add():
+        case Quantize() | LeakyRelu() | Add() | Subtract() | Maximum() | Minimum():
             return values
+        case Multiply():
+            return values * min(net.formats[name].width for name in op.sources)
+        case Table():
+            return values * -(-len(op.values) // 64)
         case MaxPool() | AvgPool():
             return values * math.prod(op.window)
-        case Input() | Pad() | Upsample() | Flatten() | Concat():
+        case Input() | Pad() | Upsample() | Flatten() | Gather() | Concat():
             return 0
         case _:
             assert_never(op)
@@ -118,9 +130,16 @@ def _too_wide(net: QNet) -> str | None:
     for name, format_ in {**net.formats, "outputs": net.output_format}.items():
         if format_.width > MAX_BITS:
             return f"op {name!r}: its {format_.width} bits exceed the {MAX_BITS} that RTL supports"
-    for op in net.linears:
-        if op.weight_format.width > MAX_WEIGHT_BITS:
-            return f"op {op.name!r}: its {op.weight_format.width}-bit weights exceed the {MAX_WEIGHT_BITS} bits of RTL"
+    for op in net.ops:
+        match op:
+            case Dense() | Conv() | DepthwiseConv() | Scale():
+                constants, width = "weights", op.weight_format.width
+            case Table():
+                constants, width = "values", op.format.width
+            case _:
+                continue
+        if width > MAX_CONSTANT_BITS:
+            return f"op {op.name!r}: its {width}-bit {constants} exceed the {MAX_CONSTANT_BITS} bits of RTL"
     return None
 
 
@@ -208,9 +227,8 @@ def _inputs(net: QNet) -> tuple[FVArray, dict[str, FVArray]]:
 
 def _apply(net: QNet, op: Computed, tensors: Mapping[str, FVArray]) -> FVArray:
     """One op on symbolic codes, as `ops` does it on numbers."""
-    if isinstance(op, Add):
-        first, second = _aligned(net, op.sources, tensors)
-        return first + second
+    if isinstance(op, Elementwise):
+        return _merge(net, op, tensors)
     if isinstance(op, Concat):
         return _concatenated(_aligned(net, op.sources, tensors))
     x = tensors[op.source]
@@ -228,12 +246,14 @@ def _apply(net: QNet, op: Computed, tensors: Mapping[str, FVArray]) -> FVArray:
         case Scale():
             return _products(x.reshape(*x.shape[:-1], 1, -1), op.matrix, op.bias)
         case MaxPool():
-            return np.max(_columns(x, op), axis=-2)
+            return reduce(_larger, _columns(x, op), axis=-2)
         case AvgPool():
             shape = math.prod(op.window), x.shape[-1]
             return _products(_columns(x, op), np.ones(shape, np.int64), np.zeros(shape[-1], np.int64))
         case LeakyRelu():
-            return _elementwise(lambda v: _leaky(v, op.shift), x)
+            return _elementwise(lambda v: _larger(v * 2.0**op.shift, v), x)
+        case Table():
+            return _elementwise(lambda v: _lookup(v, op, net.formats[op.source]), x)
         case Pad():
             return _pad(x, op.padding)
         case Upsample():
@@ -243,6 +263,27 @@ def _apply(net: QNet, op: Computed, tensors: Mapping[str, FVArray]) -> FVArray:
             return _like(x, values)
         case Flatten():
             return x.reshape(-1)
+        case Gather():
+            fill = FVariable.from_const(op.fill, x.hwconf)
+            return _like(x, np.append(np.asarray(x), fill)[op.index])  # -1 is the last one
+        case _:
+            assert_never(op)
+
+
+def _merge(net: QNet, op: Elementwise, tensors: Mapping[str, FVArray]) -> FVArray:
+    if isinstance(op, Multiply):
+        first, second = (tensors[name] for name in op.sources)
+        return _elementwise(lambda a, b: a * b, first, second)
+    first, second = _aligned(net, op.sources, tensors)
+    match op:
+        case Add():
+            return first + second
+        case Subtract():
+            return _elementwise(_difference, first, second)
+        case Maximum():
+            return _elementwise(_larger, first, second)
+        case Minimum():
+            return _elementwise(_smaller, first, second)
         case _:
             assert_never(op)
 
@@ -278,10 +319,32 @@ def _product(x: FVArray, weight: Codes, bias: Codes) -> FVArray:
     return _like(x, np.array(rows, dtype=object).reshape(*x.shape[:-1], -1))
 
 
-def _leaky(value: FVariable, shift: int) -> FVariable:
-    """Code of a leaky ReLU. alkaid 0.8.2 gets a maximum wrong where the difference has no sign: above zero here."""
-    scaled = value * 2.0**shift
-    return scaled if value.low >= 0 else scaled.max_of(value)
+def _difference(first: FVariable, second: FVariable) -> FVariable:
+    difference = first - second
+    return difference if difference.low < difference.high else FVariable.from_const(difference.low, first.hwconf)
+
+
+def _larger(first: FVariable, second: FVariable) -> FVariable:
+    """Maximum. alkaid 0.8.2 gets one wrong where the difference has no sign, as where it is known."""
+    difference = first - second
+    if difference.low >= 0:
+        return first
+    return second if difference.high <= 0 else first.max_of(second)
+
+
+def _smaller(first: FVariable, second: FVariable) -> FVariable:
+    """Minimum, see `_larger`."""
+    difference = first - second
+    if difference.low >= 0:
+        return second
+    return first if difference.high <= 0 else first.min_of(second)
+
+
+def _lookup(value: FVariable, op: Table, source: Fixed) -> FVariable:
+    """The table's value at a code, for the codes that the tracer takes for possible."""
+    codes = np.arange(value.low, value.high + 1, value.step if value.low < value.high else 1).astype(np.int64)
+    found = op.values[np.clip(codes, source.lo, source.hi) - source.lo].astype(np.float64)
+    return FVariable.from_const(found[0], value.hwconf) if np.ptp(found) == 0 else value.lookup(found)
 
 
 def _requantize(value: FVariable, source: Fixed, target: Fixed) -> FVariable:
@@ -316,8 +379,10 @@ def _round_half_even(value: FVariable) -> FVariable:
     half_up = value + 0.5
     signed, integer, frac = half_up.kif
     floor = half_up.quantize(signed, max(integer, 0), 0)
-    if floor.low == floor.high or floor.kif[2] < 0:  # never odd
+    if floor.kif[2] < 0:  # never odd
         return floor
+    if floor.low == floor.high:  # always odd
+        return half_up.bits[-frac:].unary_bit_op("any") + (floor.low - 1)
     even, odd = floor.bits[:-1], floor.bits[-1:]
     if frac <= 0:  # always a tie
         return even
@@ -325,8 +390,9 @@ def _round_half_even(value: FVariable) -> FVariable:
     return even + (odd & no_tie)
 
 
-def _elementwise(function: Callable[[FVariable], FVariable], x: FVArray) -> FVArray:
-    values = np.array([function(v) for v in np.asarray(x).ravel()], dtype=object)
+def _elementwise(function: Callable[..., FVariable], x: FVArray, *others: FVArray) -> FVArray:
+    rows = zip(*(np.asarray(tensor).ravel() for tensor in (x, *others)), strict=True)
+    values = np.array([function(*row) for row in rows], dtype=object)
     return _like(x, values.reshape(x.shape))
 
 
