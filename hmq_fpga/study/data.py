@@ -55,6 +55,11 @@ class Dataset:
         return self.y_train.dtype.kind == "f"
 
     @property
+    def classes(self) -> int:
+        """One more than the largest class number; of a regression zero."""
+        return 0 if self.regression else 1 + int(max(self.y_train.max(), self.y_val.max(), self.y_test.max()))
+
+    @property
     def classes_test(self) -> Array | None:
         """The test split's classes; None of a regression."""
         return None if self.regression else self.y_test

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from hmq_fpga.deploy.hls.project import HlsProject
+from hmq_fpga.ir import reference
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.network import QNet
 from hmq_fpga.ir.scheme import Scheme
@@ -280,6 +281,42 @@ def test_an_image_autoencoder_is_a_regression(own_model, digits_file, tmp_path):
     page = (tmp_path / "run" / "report.html").read_text()
     assert "squared error" in page
     assert "4 removed" in page
+    net = QNet.load(tmp_path / "run" / "qnet")
+    values = net.decode(reference.run(net, images["test"][..., None]))
+    error = np.square(1 / (1 + np.exp(-values[..., 0])) - images["test"]).mean()
+    assert metrics["qnet_mse"] == pytest.approx(error, rel=1e-5)
+    assert error < 1.5 * metrics["float_mse"]
+    assert metrics["outputs"] == "values before Sigmoid; apply Sigmoid"
+    assert metrics["outputs"] in page
+    told = json.loads((tmp_path / "run" / "outputs.json").read_text())
+    assert told["outputs"] == [{"name": net.outputs[0], "shape": [8, 8, 1], "apply": "Sigmoid"}]
+
+
+@pytest.mark.parametrize("name", ["logistic", "logit"])
+def test_one_output_tells_two_classes(name, own_model, digits_file, tmp_path):
+    with np.load(digits_file) as archive:
+        arrays = {key: archive[key] % 2 if key[0] == "y" else archive[key] for key in archive.files}
+    np.savez(tmp_path / "odd.npz", **arrays)
+    steps = {"float_steps": 300, "search_steps": 150, "finetune_steps": 200, "estimate": "none"}
+    task = {"task": f"{own_model}:{name}", "data": tmp_path / "odd.npz", "out": tmp_path / "run"}
+    record = run(make_config(task | steps), Quiet())
+    metrics = record["metrics"]
+    assert metrics["qnet_accuracy"] > metrics["float_accuracy"] - 0.05 > 0.75
+    parity = json.loads((tmp_path / "run" / "parity.json").read_text())
+    assert {simulator["accuracy"] for simulator in parity["simulators"].values()} == {metrics["qnet_accuracy"]}
+    assert metrics["outputs"].endswith("class: 1 where the value is positive")
+    assert ("apply Sigmoid" in metrics["outputs"]) == (name == "logistic")
+    three = spoiled_labels(tmp_path / "three.npz", arrays)
+    with pytest.raises(InvalidInput, match=r"output is \(1,\), but the data have 3 classes"):
+        run(make_config({**task, "data": three}), Quiet())
+    with pytest.raises(InvalidInput, match="a softmax of one output is always one"):
+        run(make_config({**task, "task": f"{own_model}:certain"}), Quiet())
+
+
+def spoiled_labels(path, arrays):
+    """The same data with a third class."""
+    np.savez(path, **(arrays | {"y_train": np.arange(900) % 3}))
+    return path
 
 
 def test_several_outputs_are_a_regression_of_all_in_a_row(own_model, digits_file, tmp_path):

@@ -31,7 +31,7 @@ from hmq_fpga.search.graph import Join, QModel
 from hmq_fpga.search.instrument import instrument
 from hmq_fpga.search.methods import check_budget, find_scheme, make_options
 from hmq_fpga.search.target import Target
-from hmq_fpga.search.train import Listener, finetune, fit, predict
+from hmq_fpga.search.train import Listener, Output, accuracy, finetune, finished, fit, predict
 from hmq_fpga.search.zeros import ZeroPull, widen_thresholds
 from hmq_fpga.study.data import Dataset, channels_last
 from hmq_fpga.study.pages import run_page as page
@@ -42,6 +42,7 @@ from hmq_fpga.study.tasks import Task, resolve, training_task
 from hmq_fpga.study.workers import cores
 
 LAYERS = "layers.json"  # what the model is made of
+OUTPUTS = "outputs.json"  # what the hardware puts out, and what to apply to it
 
 
 class Monitor(Protocol):
@@ -226,7 +227,7 @@ class _Run:
                 name="freeze",
                 settings={},
                 needs=("search", "finetune"),
-                makes=("qnet", LAYERS),
+                makes=("qnet", LAYERS, OUTPUTS),
                 versions=trained,
                 work=self.freeze,
             ),
@@ -327,9 +328,12 @@ class _Run:
         )
         net.save(new / "qnet")
         write_json(new / LAYERS, description(model))
+        outputs = describe_outputs(model, net, self.dataset)
+        write_json(new / OUTPUTS, outputs)
         layers = cost.layer_costs(net)
         return {
             "qnet_digest": net.digest,
+            "outputs": outputs["note"],
             "macs": sum(layer.macs for layer in layers),
             "weight_bits": sum(layer.weight_bits for layer in layers),
             "bias_bits": sum(layer.bias_bits for layer in layers),
@@ -356,12 +360,11 @@ class _Run:
         dataset = self.dataset
         _load(self.model, self.folder / "float.pt")
         self.model.eval()
-        outputs = predict(self.model, torch.from_numpy(dataset.x_test))
         net = QNet.load(self.folder / "qnet")
-        quantized = net.decode(reference.run(net, channels_last(dataset.x_test)))
+        values = torch.from_numpy(net.decode(reference.run(net, channels_last(dataset.x_test))))
         return {
-            **scores("float", channels_last(outputs.numpy()), dataset),
-            **scores("qnet", quantized, dataset),
+            **scores("float", predict(self.model, torch.from_numpy(dataset.x_test)), dataset),
+            **scores("qnet", finished(self.instrumented(), values.movedim(-1, 1)), dataset),
             "parity_passed": parity.passed,
         }
 
@@ -442,17 +445,42 @@ def check_output(task: str, model: QModel, dataset: Dataset) -> None:
             f"{task}: the model has {len(model.nodes[-1].sources)} outputs and the data have classes: give real "
             f"targets for all of them in a row, (n, {output[0]}), or a loss of your own by the API"
         )
-    classes = 1 + int(max(dataset.y_train.max(), dataset.y_val.max(), dataset.y_test.max()))
-    if len(output) != 1 or output[0] < classes:
-        raise InvalidInput(f"{task}: the model's output is {output}, but the data have {classes} classes")
+    if len(output) != 1 or max(output[0], 2) < dataset.classes:  # one output tells two classes by its sign
+        raise InvalidInput(f"{task}: the model's output is {output}, but the data have {dataset.classes} classes")
+    final = model.finals[0] if model.finals else None
+    if output == (1,) and final and "softmax" in final.name.lower():
+        raise InvalidInput(f"{task}: a softmax of one output is always one: end with Sigmoid, or with two outputs")
 
 
-def scores(of: str, outputs: np.ndarray[Any, Any], dataset: Dataset) -> dict[str, float | None]:
-    """Accuracy of outputs `(n, *output shape)`, channels last, on the test split; of a regression the squared error."""
+def scores(of: str, output: Output, dataset: Dataset) -> dict[str, float | None]:
+    """Accuracy of outputs on the test split; of a regression the squared error of what the user's model returns."""
+    targets = torch.from_numpy(dataset.y_test)
     if dataset.regression:
-        error = float(np.mean(np.square(outputs - channels_last(dataset.y_test))))
-        return {f"{of}_accuracy": None, f"{of}_mse": error}
-    return {f"{of}_accuracy": float(np.mean(outputs.argmax(-1) == dataset.y_test))}
+        return {f"{of}_accuracy": None, f"{of}_mse": float((output.returned - targets).double().square().mean())}
+    return {f"{of}_accuracy": accuracy(output.scores, targets)}
+
+
+def describe_outputs(model: QModel, net: QNet, dataset: Dataset) -> dict[str, Any]:
+    """What the hardware puts out, and what is left to apply to it: the content of `outputs.json`.
+
+    Returns:
+        `outputs`: name, shape (channels last) and the final function of each that is to be applied, or None; `classes`:
+        how they name the class, None of a regression; `note`: all of it in words.
+    """
+    finals = model.finals or (None,) * len(net.outputs)
+    outputs = [
+        {"name": name, "shape": list(net.shapes[name]), "apply": final.name if final else None}
+        for name, final in zip(net.outputs, finals, strict=True)
+    ]
+    told = [
+        f"values before {output['apply']}; apply {output['apply']}" if output["apply"] else "as the model returns them"
+        for output in outputs
+    ]
+    note = told[0] if len(told) == 1 else "; ".join(f"{o['name']}: {t}" for o, t in zip(outputs, told, strict=True))
+    classes = None
+    if not dataset.regression:
+        classes = "1 where the value is positive" if net.shapes[net.outputs[0]] == (1,) else "number of the largest"
+    return {"outputs": outputs, "classes": classes, "note": f"{note}; class: {classes}" if classes else note}
 
 
 def _metrics(record: Mapping[str, Any]) -> dict[str, Any]:
