@@ -19,7 +19,7 @@ from hmq_fpga.ir.network import QNet
 from hmq_fpga.ir.scheme import Scheme
 from hmq_fpga.search.train import ignore
 from hmq_fpga.study.run.config import make_config
-from hmq_fpga.study.run.pipeline import run
+from hmq_fpga.study.run.pipeline import compare_again, run
 from tests import outside
 
 QKERAS = ("qkeras",) if outside.has_qkeras() else ()
@@ -339,6 +339,39 @@ def test_several_outputs_are_a_regression_of_all_in_a_row(own_model, digits_file
     assert [net.shapes[name] for name in net.outputs] == [(1,), (2,)]
     with pytest.raises(InvalidInput, match=r"2 outputs and the data have classes: give real targets .*\(n, 3\)"):
         run(make_config({**task, **steps, "data": digits_file, "out": tmp_path / "classes"}), Quiet())
+
+
+def test_normalized_inputs_reach_everything(own_model, digits_file, tmp_path):
+    """Features from 1e-6 to 1e6: refused as they are, learned when normalized, the same in every stage and later."""
+    with np.load(digits_file) as archive:
+        arrays = {key: archive[key] for key in archive.files}
+    scales = np.logspace(-6, 6, 64, dtype=np.float32)
+    for split in ("x_train", "x_test"):
+        arrays[split] = arrays[split] * scales + scales
+    np.savez(tmp_path / "wide.npz", **arrays)
+    np.savez(tmp_path / "few.npz", **(arrays | {name: arrays[name][:90] for name in ("x_test", "y_test")}))
+    steps = {"float_steps": 300, "search_steps": 150, "finetune_steps": 100, "estimate": "none"}
+    config = {"task": f"{own_model}:small", "data": tmp_path / "wide.npz", "out": tmp_path / "run", **steps}
+    with pytest.raises(InvalidInput, match=r"inputs: features 1 .* would not vary in any 8-bit .*: add --normalize"):
+        run(make_config(config), Quiet())
+    assert not (tmp_path / "run").exists()
+    config["normalize"] = True
+    record = run(make_config(config), Quiet())
+    metrics = record["metrics"]
+    assert metrics["parity_passed"]
+    assert min(metrics["float_accuracy"], metrics["qnet_accuracy"]) > 0.8
+    assert record["config"]["normalize"]
+    stored = json.loads((tmp_path / "run" / "normalization.json").read_text())
+    first = (arrays["x_test"][0] - np.array(stored["mean"])) / np.array(stored["deviation"])
+    written = np.loadtxt(tmp_path / "run" / "hls" / "tb_data" / "tb_input_features.dat")[0]
+    np.testing.assert_allclose(written, first, atol=1e-4)
+    assert "as normalization.json has them" in (tmp_path / "run" / "report.html").read_text()
+    again = compare_again(tmp_path / "run")
+    assert {simulator.accuracy for simulator in again.simulators.values()} == {metrics["qnet_accuracy"]}
+    few = compare_again(tmp_path / "run", tmp_path / "few.npz")
+    assert few.passed
+    assert few.simulators["csim"].accuracy > 0.75
+    assert run(make_config(config), Quiet())["stages"] == record["stages"]
 
 
 def test_samples_of_two_dimensions_are_sequences_to_a_model_over_them(own_model, digits_file, tmp_path):

@@ -27,7 +27,7 @@ from hmq_fpga.ir.network import QNet
 from hmq_fpga.ir.scheme import Scheme
 from hmq_fpga.search.describe import description
 from hmq_fpga.search.freeze import freeze, outline, run_codes
-from hmq_fpga.search.graph import Join, QModel
+from hmq_fpga.search.graph import INPUT, Join, QModel
 from hmq_fpga.search.instrument import instrument
 from hmq_fpga.search.methods import check_budget, find_scheme, make_options
 from hmq_fpga.search.target import Target
@@ -38,6 +38,7 @@ from hmq_fpga.study.pages import run_page as page
 from hmq_fpga.study.run.config import RunConfig, make_config
 from hmq_fpga.study.run.hardware import assemble
 from hmq_fpga.study.run.stages import RunFolder, Stage, check_ours, read_record, write_json
+from hmq_fpga.study.scales import NORMALIZATION, Normalization, check_scales
 from hmq_fpga.study.tasks import Task, resolve, training_task
 from hmq_fpga.study.workers import cores
 
@@ -104,7 +105,9 @@ class _Run:
 
     def __init__(self, config: RunConfig, task: Task, target: Target) -> None:
         self.config, self.target = config, target
-        self.dataset = dataset = task.load(config.data)
+        dataset = task.load(config.data)
+        self.normalization = Normalization.of(dataset.x_train) if config.normalize else None
+        self.dataset = dataset = self.normalization.apply(dataset) if self.normalization else dataset
         self.proven = _proven(config, task, dataset)
         torch.set_num_threads(min(task.threads, _allowed_threads()))
         self.folder = config.folder
@@ -130,6 +133,7 @@ class _Run:
         """Find what cannot be before anything is trained; the current float model with its sites."""
         model = self.instrumented()
         check_output(self.config.task, model, self.dataset)
+        check_scales(self.dataset.x_train, bits=self.target.activation_bits(model)[INPUT])
         net = outline(model)
         for backend in self.backends:
             backend.check(net, self.hardware)
@@ -172,6 +176,8 @@ class _Run:
                 "seed": self.config.seed,
             }
             folder.save()
+            if self.normalization is None:
+                (self.folder / NORMALIZATION).unlink(missing_ok=True)
             yield folder
 
     def do(self, folder: RunFolder, stage: Stage, shared: Path | None = None) -> None:
@@ -202,7 +208,7 @@ class _Run:
                 | {"model": str(self.model), "source": self.source, "state": _digest(self.model)}
                 | {"steps": budget.float_steps, "learning_rate": budget.float_learning_rate},
                 needs=(),
-                makes=("float.pt",),
+                makes=("float.pt", *((NORMALIZATION,) if config.normalize else ())),
                 versions=trained,
                 work=self.train_float,
             ),
@@ -269,6 +275,8 @@ class _Run:
                 listener=self.listener,
             )
         torch.save(self.model.cpu().state_dict(), new / "float.pt")
+        if self.normalization:
+            self.normalization.save(new)
         return {}
 
     def search(self, new: Path) -> dict[str, Any]:
@@ -394,6 +402,8 @@ def compare_again(folder: Path, data: Path | None = None) -> Parity:
     config = make_config(record["config"])
     task = resolve(config.task)
     dataset = task.load(data or config.data)
+    if config.normalize:
+        dataset = Normalization.load(folder).apply(dataset)
     if data is None:
         dataset = _proven(config, task, dataset)
     return compare(folder, dataset, config.hardware(task.io_type))

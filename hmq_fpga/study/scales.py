@@ -1,0 +1,108 @@
+"""The scales of features: what one format for all inputs cannot tell apart, and their normalization."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from hmq_fpga.ir.errors import InvalidInput
+from hmq_fpga.ir.fixed import Fixed
+from hmq_fpga.search.quantizers import THRESHOLDS, least_threshold_log2
+from hmq_fpga.study.data import Array, Dataset
+from hmq_fpga.study.run.stages import write_json
+
+NORMALIZATION = "normalization.json"
+NAMED = 3  # features in an error
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Normalization:
+    """`(x - mean) / deviation`, of each feature of flat samples, of each channel of others.
+
+    Attributes:
+        mean, deviation: float64, `(features,)` or `(channels, 1, …)`.
+    """
+
+    mean: Array
+    deviation: Array
+
+    @classmethod
+    def of(cls, x: Array) -> Normalization:
+        """Mean and standard deviation of samples `(n, *shape)`, channels first; what never varies is only shifted."""
+        axes = _all_but_channels(x)
+        lo, hi = x.min(axes, keepdims=True)[0], x.max(axes, keepdims=True)[0]
+        mean, deviation = (f(x, axis=axes, dtype=np.float64, keepdims=True)[0] for f in (np.mean, np.std))
+        return cls(mean=np.where(lo < hi, mean, lo), deviation=np.where(lo < hi, deviation, 1.0))
+
+    def __call__(self, x: Array) -> Array:
+        """Samples `(n, *shape)`, normalized in float64 and rounded to float32."""
+        normalized: Array = ((x - self.mean) / self.deviation).astype(np.float32)
+        return normalized
+
+    def apply(self, dataset: Dataset) -> Dataset:
+        """A data set with the samples of all its splits normalized.
+
+        Raises:
+            InvalidInput: when its samples have another shape.
+        """
+        if len(self.mean) != dataset.x_test.shape[1] or self.mean.ndim != dataset.x_test.ndim - 1:
+            raise InvalidInput(
+                f"samples have the shape {dataset.x_test.shape[1:]}, those normalized before had another"
+            )
+        return replace(dataset, x_train=self(dataset.x_train), x_val=self(dataset.x_val), x_test=self(dataset.x_test))
+
+    def save(self, folder: Path) -> None:
+        """Write `normalization.json`; its decimal numbers are exactly these."""
+        told = {"mean": self.mean.tolist(), "deviation": self.deviation.tolist()}
+        write_json(
+            folder / NORMALIZATION, {"note": "the hardware takes (x - mean) / deviation, channels first", **told}
+        )
+
+    @classmethod
+    def load(cls, folder: Path) -> Normalization:
+        """What `save` wrote.
+
+        Raises:
+            InvalidInput: when it is missing or damaged.
+        """
+        try:
+            told = json.loads((folder / NORMALIZATION).read_text())
+            return cls(**{name: np.array(told[name], np.float64) for name in ("mean", "deviation")})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise InvalidInput(f"{folder / NORMALIZATION}: cannot be read: {error}; run again") from error
+
+
+def check_scales(x: Array, *, bits: int) -> None:
+    """Raise `InvalidInput` where no format of so many bits would let each feature of training samples still vary.
+
+    Of images and sequences a feature is a channel.
+    """
+    axes = _all_but_channels(x)
+    lo, hi = x.min(axes), x.max(axes)
+    top = least_threshold_log2(float(max(abs(lo.min()), abs(hi.max()))))
+    formats = [
+        Fixed.from_threshold(signed=bool(lo.min() < 0), bits=bits, threshold_log2=top - k) for k in range(THRESHOLDS)
+    ]
+    constant = [(lo < hi) & (f.encode(lo) == f.encode(hi)) for f in formats]
+    lost = np.flatnonzero(min(constant, key=np.count_nonzero))
+    if not lost.size:
+        return
+    kind = "feature" if x.ndim == 2 else "channel"
+    largest = int(np.argmax(np.maximum(abs(lo), abs(hi))))
+
+    def named(features: Iterable[int]) -> str:
+        return ", ".join(f"{i} ({lo[i]:.4g} … {hi[i]:.4g})" for i in features)
+
+    more = f" and {lost.size - NAMED} more" if lost.size > NAMED else ""
+    raise InvalidInput(
+        f"inputs: {kind}{'s' if lost.size > 1 else ''} {named(lost[:NAMED])}{more} would not vary in any {bits}-bit "
+        f"format of the input beside {kind} {named([largest])}: add --normalize, or scale or leave out what differs"
+    )
+
+
+def _all_but_channels(x: Array) -> tuple[int, ...]:
+    return (0, *range(2, x.ndim))
