@@ -17,7 +17,9 @@ from hmq_fpga.ir import reference
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.network import QNet
 from hmq_fpga.ir.scheme import Scheme
+from hmq_fpga.search.instrument import instrument
 from hmq_fpga.search.train import ignore
+from hmq_fpga.study.run import pipeline
 from hmq_fpga.study.run.config import make_config
 from hmq_fpga.study.run.pipeline import compare_again, run
 from tests import outside
@@ -242,6 +244,40 @@ def test_a_trained_models_weights_are_the_float_baseline(undisturbed, digits_fil
     again = run(make_config({**config, **steps, "out": tmp_path / "run"}), Quiet())
     assert again["metrics"]["float_accuracy"] == record["metrics"]["float_accuracy"]
     assert again["resolved"]["budget"]["float_steps"] == 0
+
+
+def test_the_model_is_read_once_where_its_parameters_stay(own_model, digits_file, tmp_path, monkeypatch):
+    """Twice with float training in between; and what is searched is the trained model, however a run came to it."""
+    read = []
+
+    def counted(*arguments, **settings):
+        read.append(arguments)
+        return instrument(*arguments, **settings)
+
+    monkeypatch.setattr(pipeline, "instrument", counted)
+    steps = {"float_steps": 100, "search_steps": 150, "finetune_steps": 20, "estimate": "none"}
+    config = {"task": f"{own_model}:small", "data": digits_file, "out": tmp_path / "run", **steps}
+
+    def digest_and_readings(**changes):
+        read.clear()
+        record = run(make_config(config | changes), Quiet())
+        return record["metrics"]["qnet_digest"], len(read)
+
+    first, readings = digest_and_readings()
+    assert readings == 2
+    for made in ("search.pt", "finetune.pt"):  # what comes after it is done again
+        (tmp_path / "run" / made).unlink()
+        assert digest_and_readings() == (first, 1)
+    assert digest_and_readings() == (first, 1)
+    for made in ("float.pt", "search.pt"):  # trained from the start again
+        (tmp_path / "run" / made).unlink()
+    assert digest_and_readings() == (first, 2)
+    pipeline.train_baseline(make_config(config | {"out": tmp_path / "baseline"}), Quiet())
+    read.clear()
+    record = run(make_config(config | {"out": tmp_path / "other"}), Quiet(), shared=tmp_path / "baseline")
+    assert (record["metrics"]["qnet_digest"], len(read)) == (first, 1)
+    weights = {"weights": tmp_path / "run" / "float.pt", "float_steps": 0, "out": tmp_path / "given"}
+    assert digest_and_readings(**weights) == (first, 1)
 
 
 class Quiet:

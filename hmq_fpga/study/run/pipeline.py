@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import platform
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hmq_fpga.deploy.backends import HLS, Backend, split_by_installed
 from hmq_fpga.deploy.doctor import installed_version
@@ -128,23 +129,37 @@ class _Run:
         self.model = task.build()
         if config.weights is not None:
             load_weights(self.model, config.weights)
+        self.initial = copy.deepcopy(self.model.state_dict())
+        self.read: tuple[str, QModel] | None = None
 
     def check_model(self) -> QModel:
         """Find what cannot be before anything is trained; the current float model with its sites."""
         model = self.instrumented()
         check_output(self.config.task, model, self.dataset)
         check_scales(self.dataset.x_train, bits=self.target.activation_bits(model)[INPUT])
-        net = outline(model)
+        net = outline(copy.deepcopy(model))
         for backend in self.backends:
             backend.check(net, self.hardware)
         return model
 
     def instrumented(self) -> QModel:
-        """The current float model with its sites."""
-        return instrument(self.model, self.training.input_shape, input_signed=self.training.input_signed)
+        """The current float model with its sites: read again only where its parameters have changed since."""
+        digest = _digest(self.model.state_dict())
+        if self.read is None or self.read[0] != digest:
+            made = instrument(self.model, self.training.input_shape, input_signed=self.training.input_signed)
+            self.read = digest, made
+        return self.read[1]
+
+    def take_trained(self, shared: Path | None) -> None:
+        """Give the model the parameters that its float training left, where that has been done: those are searched."""
+        for path in (self.folder, shared):
+            if path is not None and RunFolder(path).look().has(self.float_stage()):
+                _load(self.model, path / "float.pt")
+                return
 
     def everything(self, monitor: Monitor, shared: Path | None, patience_s: float) -> dict[str, Any]:
         check_budget(self.config.method, self.budget)
+        self.take_trained(shared)
         self.target.check(self.check_model())
         self.monitor = monitor
         with self.opened(patience_s) as folder:
@@ -159,7 +174,7 @@ class _Run:
     def baseline(self, monitor: Monitor, patience_s: float) -> None:
         self.monitor = monitor
         with self.opened(patience_s) as folder:
-            self.do(folder, self.stages()[0])
+            self.do(folder, self.float_stage())
 
     @contextmanager
     def opened(self, patience_s: float) -> Iterator[RunFolder]:
@@ -187,11 +202,29 @@ class _Run:
         folder.record["metrics"] = _metrics(folder.record)
         folder.save()
 
-    def stages(self) -> list[Stage]:
-        config = self.config
-        data = {"data": self.dataset.digest, "batch_size": self.batch_size, "seed": config.seed}
-        data |= {"device": config.device} if config.device != "cpu" else {}
+    @property
+    def basis(self) -> dict[str, Any]:
+        """Settings of every stage that trains."""
+        data = {"data": self.dataset.digest, "batch_size": self.batch_size, "seed": self.config.seed}
+        return data | ({"device": self.config.device} if self.config.device != "cpu" else {})
+
+    def float_stage(self) -> Stage:
         budget = self.budget
+        return Stage(
+            name="float",
+            settings=self.basis
+            | {"model": str(self.model), "source": self.source, "state": _digest(self.initial)}
+            | {"steps": budget.float_steps, "learning_rate": budget.float_learning_rate},
+            needs=(),
+            makes=("float.pt", *((NORMALIZATION,) if self.normalization else ())),
+            versions=versions("torch", "numpy"),
+            work=self.train_float,
+        )
+
+    def stages(self) -> list[Stage]:
+        config, budget = self.config, self.budget
+        finals = [final.name for final in self.instrumented().finals if final]
+        data = self.basis | ({"finals": finals} if finals else {})
         searching = {
             "method": config.method,
             "zeros": config.zeros,
@@ -202,16 +235,7 @@ class _Run:
         }
         trained = versions("torch", "numpy")
         return [
-            Stage(
-                name="float",
-                settings=data
-                | {"model": str(self.model), "source": self.source, "state": _digest(self.model)}
-                | {"steps": budget.float_steps, "learning_rate": budget.float_learning_rate},
-                needs=(),
-                makes=("float.pt", *((NORMALIZATION,) if config.normalize else ())),
-                versions=trained,
-                work=self.train_float,
-            ),
+            self.float_stage(),
             Stage(
                 name="search",
                 settings=data | searching,
@@ -264,6 +288,7 @@ class _Run:
 
     def train_float(self, new: Path) -> dict[str, Any]:
         budget = self.budget
+        self.model.load_state_dict(self.initial)
         if budget.float_steps:
             torch.manual_seed(self.config.seed)
             fit(
@@ -511,9 +536,9 @@ def _load(module: nn.Module, path: Path) -> None:
     module.load_state_dict(torch.load(path, weights_only=True))
 
 
-def _digest(module: nn.Module) -> str:
+def _digest(state: Mapping[str, Tensor]) -> str:
     sha = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
+    for name, value in sorted(state.items()):
         sha.update(name.encode() + value.numpy().tobytes())
     return sha.hexdigest()
 
