@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +17,7 @@ from hmq_fpga.search.optimizer import RAdam
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 History = dict[str, list[float]]
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,14 +25,17 @@ class Task:
     """What to learn. Choices are made on training and validation data; a test split has no place here.
 
     Attributes:
-        x_train, y_train: inputs `(n, *sample shape)`, channels first, and class numbers `(n,)`, or real targets
-            `(n, *output shape)` of a regression. Classes 0 and 1 of a model with one output are told by its sign.
+        x_train, y_train: inputs `(n, *sample shape)`, channels first, of several inputs see `input_shapes`; and class
+            numbers `(n,)`, or real targets `(n, *output shape)` of a regression. Classes 0 and 1 of a model with one
+            output are told by its sign.
         x_val, y_val: validation split.
         custom_loss: mean loss of a batch of targets and of what the user's model returns, its final functions
             included; None: of classes cross entropy (of one output the logistic loss) of the scores before a final
             softmax or sigmoid, of a regression squared error. Of a model with several outputs it gets them side by
             side, `(batch, values)`; see `graph.joined`.
         batch_size: samples per optimizer step.
+        input_shapes: of one sample of each of several inputs, channels first; then samples hold them in a row,
+            `(n, values)`, each flattened channels last. Empty where there is one input.
     """
 
     x_train: Tensor
@@ -40,6 +44,7 @@ class Task:
     y_val: Tensor
     custom_loss: Loss | None = None
     batch_size: int = 64
+    input_shapes: tuple[Shape, ...] = ()
 
     @property
     def regression(self) -> bool:
@@ -68,9 +73,9 @@ class Task:
         return {} if self.regression else {f"{split}_accuracy": accuracy(scores, targets)}
 
     @property
-    def input_shape(self) -> tuple[int, ...]:
-        """Shape of one sample, channels first."""
-        return tuple(self.x_train.shape[1:])
+    def input_shape(self) -> Shape | tuple[Shape, ...]:
+        """Shape of one sample, channels first; of several inputs a tuple of theirs."""
+        return self.input_shapes or tuple(self.x_train.shape[1:])
 
     def epoch(self, step: int) -> float:
         """Passes over the training data after `step` optimizer steps."""
@@ -184,27 +189,35 @@ def finished(model: QModel, values: Tensor) -> Output:
     return noting.output(returned)
 
 
-def output_of(model: nn.Module, x: Tensor) -> Output:
-    """Output of a float model, or of a `QModel` with the final functions of the user's."""
+def separated(x: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
+    """The inputs of a model: what stands in a row, `(batch, values)`, as several of these shapes, channels first."""
+    if not shapes:
+        return [x]
+    parts = x.split([math.prod(shape) for shape in shapes], 1)
+    return [part.unflatten(1, (*shape[1:], shape[0])).movedim(-1, 1) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def output_of(model: nn.Module, x: Tensor, shapes: Sequence[Shape] = ()) -> Output:
+    """Output of a float model, or of a `QModel` with the final functions of the user's; see `Task.input_shapes`."""
     if isinstance(model, QModel):
         return finished(model, model(x))
     noting = _Noting()
     with noting:
-        returned = joined(model(x))
+        returned = joined(model(*separated(x, shapes)))
     return noting.output(returned)
 
 
 @torch.no_grad()
-def predict(model: nn.Module, x: Tensor) -> Output:
+def predict(model: nn.Module, x: Tensor, shapes: Sequence[Shape] = ()) -> Output:
     """`output_of` many samples, batch by batch."""
-    outputs = [output_of(model, batch) for batch in x.split(1024)]
+    outputs = [output_of(model, batch, shapes) for batch in x.split(1024)]
     return Output(*(torch.cat(parts) for parts in zip(*outputs, strict=True)))
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, task: Task) -> dict[str, float]:
     """Loss, and of classes the accuracy, on the validation split."""
-    returned, scores = predict(model, task.x_val)
+    returned, scores = predict(model, task.x_val, task.input_shapes)
     loss = task.loss(returned, task.y_val, scores)
     return {"val_loss": float(loss), **task.accuracies("val", scores, task.y_val)}
 
@@ -245,7 +258,10 @@ def fit(
     plain = False  # nothing to note, as the first batch shows: noting takes time
     model.train()
     for step, (x, y) in enumerate(batches(task, steps, torch.Generator().manual_seed(seed)), 1):
-        returned, scores = Output(*(joined(model(x)),) * 2) if plain else output_of(model, x)
+        if plain:
+            returned = scores = joined(model(*separated(x, task.input_shapes)))
+        else:
+            returned, scores = output_of(model, x, task.input_shapes)
         plain = returned is scores and not isinstance(model, QModel)
         loss = task.loss(returned, y, scores)
         rate = (1 + math.cos(math.pi * (step - 1) / steps)) / 2

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.search.quantizers import THRESHOLDS, least_threshold_log2
+from hmq_fpga.search.train import Shape, separated
 from hmq_fpga.study.data import Array, Dataset
 from hmq_fpga.study.run.stages import write_json
 
 NORMALIZATION = "normalization.json"
 NAMED = 3  # features in an error
+Shapes = Sequence[Shape]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,15 +27,26 @@ class Normalization:
     """`(x - mean) / deviation`, of each feature of flat samples, of each channel of others.
 
     Attributes:
-        mean, deviation: float64, `(features,)` or `(channels, 1, …)`.
+        mean, deviation: float64, `(features,)` or `(channels, 1, …)`; of several inputs as they stand in a row.
     """
 
     mean: Array
     deviation: Array
 
     @classmethod
-    def of(cls, x: Array) -> Normalization:
-        """Mean and standard deviation of samples `(n, *shape)`, channels first; what never varies is only shifted."""
+    def of(cls, x: Array, shapes: Shapes = ()) -> Normalization:
+        """Mean and standard deviation of samples `(n, *shape)`, channels first; what never varies is only shifted.
+
+        Several inputs of these `shapes` stand in a row; see `Dataset`.
+        """
+        if shapes:
+            parts = [cls.of(part) for part in _separated(x, shapes)]
+            rows = [
+                [np.broadcast_to(np.moveaxis(value, 0, -1), (*shape[1:], shape[0])).ravel() for value in values]
+                for shape, values in zip(shapes, ((part.mean, part.deviation) for part in parts), strict=True)
+            ]
+            mean, deviation = (np.concatenate(values) for values in zip(*rows, strict=True))
+            return cls(mean=mean, deviation=deviation)
         axes = _all_but_channels(x)
         lo, hi = x.min(axes, keepdims=True)[0], x.max(axes, keepdims=True)[0]
         mean, deviation = (f(x, axis=axes, dtype=np.float64, keepdims=True)[0] for f in (np.mean, np.std))
@@ -76,13 +90,18 @@ class Normalization:
             raise InvalidInput(f"{folder / NORMALIZATION}: cannot be read: {error}; run again") from error
 
 
-def check_scales(x: Array, *, bits: int) -> None:
+def check_scales(x: Array, *, bits: int, shapes: Shapes = ()) -> None:
     """Raise `InvalidInput` where no format of so many bits would let each feature of training samples still vary.
 
-    Of images and sequences a feature is a channel.
+    Of images and sequences a feature is a channel. Several inputs of these `shapes` stand in a row; see `Dataset`.
     """
-    axes = _all_but_channels(x)
-    lo, hi = x.min(axes), x.max(axes)
+    inputs = _separated(x, shapes) if shapes else [x]
+    lo, hi = (np.concatenate([f(part, axis=_all_but_channels(part)) for part in inputs]) for f in (np.min, np.max))
+    names = [
+        f"{'feature' if part.ndim == 2 else 'channel'} {i}{f' of input {number}' if shapes else ''}"
+        for number, part in enumerate(inputs)
+        for i in range(part.shape[1])
+    ]
     top = least_threshold_log2(float(max(abs(lo.min()), abs(hi.max()))))
     formats = [
         Fixed.from_threshold(signed=bool(lo.min() < 0), bits=bits, threshold_log2=top - k) for k in range(THRESHOLDS)
@@ -91,17 +110,21 @@ def check_scales(x: Array, *, bits: int) -> None:
     lost = np.flatnonzero(min(constant, key=np.count_nonzero))
     if not lost.size:
         return
-    kind = "feature" if x.ndim == 2 else "channel"
     largest = int(np.argmax(np.maximum(abs(lo), abs(hi))))
 
     def named(features: Iterable[int]) -> str:
-        return ", ".join(f"{i} ({lo[i]:.4g} … {hi[i]:.4g})" for i in features)
+        return ", ".join(f"{names[i]} ({lo[i]:.4g} … {hi[i]:.4g})" for i in features)
 
     more = f" and {lost.size - NAMED} more" if lost.size > NAMED else ""
     raise InvalidInput(
-        f"inputs: {kind}{'s' if lost.size > 1 else ''} {named(lost[:NAMED])}{more} would not vary in any {bits}-bit "
-        f"format of the input beside {kind} {named([largest])}: add --normalize, or scale or leave out what differs"
+        f"inputs: {named(lost[:NAMED])}{more} would not vary in any {bits}-bit format of the input beside "
+        f"{named([largest])}: add --normalize, or scale or leave out what differs"
     )
+
+
+def _separated(x: Array, shapes: Shapes) -> list[Array]:
+    """Several inputs, channels first, from what stands in a row."""
+    return [part.numpy() for part in separated(torch.from_numpy(x), shapes)]
 
 
 def _all_but_channels(x: Array) -> tuple[int, ...]:

@@ -129,3 +129,40 @@ def test_one_output_and_two_classes_are_told_by_the_sign(final, digits):
 def test_accuracy_of_one_score():
     scores = torch.tensor([[0.3], [-0.2], [0.0], [5.0]])
     assert accuracy(scores, torch.tensor([1, 1, 0, 1])) == 0.75
+
+
+class TwoEyes(nn.Module):
+    """Reads the upper half of the digits as features and the lower as an image."""
+
+    def __init__(self):
+        super().__init__()
+        self.upper, self.lower = nn.Linear(32, 16), nn.Conv2d(1, 4, 3, stride=2)
+        self.head = nn.Linear(28, 10)
+
+    def forward(self, upper, lower):
+        both = torch.cat((F.relu(self.upper(upper)), F.relu(self.lower(lower)).flatten(1)), 1)
+        return self.head(both)
+
+
+def two_inputs(digits):
+    return replace(digits, input_shapes=((32,), (1, 4, 8)))
+
+
+def test_a_float_model_gets_its_inputs_one_by_one(digits):
+    task = two_inputs(digits)
+    torch.manual_seed(0)
+    model = TwoEyes()
+    fit(model, task, steps=400, learning_rate=1e-2, seed=0)
+    upper, lower = task.x_val[:, :32], task.x_val[:, 32:].reshape(-1, 1, 4, 8)
+    assert torch.equal(predict(model, task.x_val, task.input_shapes).returned, model(upper, lower))
+    assert evaluate(model, task)["val_accuracy"] > 0.85
+
+
+@pytest.mark.xfail(strict=False, reason="instrument reads one input")
+def test_a_model_of_several_inputs_is_quantized(digits):
+    task = two_inputs(digits)
+    torch.manual_seed(0)
+    model = TwoEyes()
+    fit(model, task, steps=400, learning_rate=1e-2, seed=0)
+    before = evaluate(model, task)["val_accuracy"]
+    assert quantized(model, task, 8)["val_accuracy"] > before - 0.05

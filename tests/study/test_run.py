@@ -388,7 +388,7 @@ def test_normalized_inputs_reach_everything(own_model, digits_file, tmp_path):
     np.savez(tmp_path / "few.npz", **(arrays | {name: arrays[name][:90] for name in ("x_test", "y_test")}))
     steps = {"float_steps": 300, "search_steps": 150, "finetune_steps": 100, "estimate": "none"}
     config = {"task": f"{own_model}:small", "data": tmp_path / "wide.npz", "out": tmp_path / "run", **steps}
-    with pytest.raises(InvalidInput, match=r"inputs: features 1 .* would not vary in any 8-bit .*: add --normalize"):
+    with pytest.raises(InvalidInput, match=r"inputs: feature 1 .* would not vary in any 8-bit .*: add --normalize"):
         run(make_config(config), Quiet())
     assert not (tmp_path / "run").exists()
     config["normalize"] = True

@@ -18,9 +18,9 @@ def samples(*scales, n=200):
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (samples(1, 1e-6, 1e6), r"features 0 \(-.*\), 1 \(-.*\) would not vary in any 8-bit .* feature 2 \(-"),
+        (samples(1, 1e-6, 1e6), r"feature 0 \(-.*\), feature 1 \(-.*\) would not vary in any 8-bit .* feature 2 \(-"),
         (samples(1e6, 1e-6), r"feature 1 \(-.*e-06 … .*e-06\) would .* beside feature 0 \(.*e\+06.*: add --normalize"),
-        (np.abs(samples(1e6, *[1e-6] * 9)), r"features 1 .*, 2 .*, 3 \(.*\) and 6 more would"),
+        (np.abs(samples(1e6, *[1e-6] * 9)), r"feature 1 .*, feature 2 .*, feature 3 \(.*\) and 6 more would"),
         (samples(1, 1e12).reshape(-1, 2, 1, 1).repeat(3, 2), "channel 0 .* beside channel 1"),
     ],
 )
@@ -64,6 +64,21 @@ def test_images_are_normalized_by_channel():
     found = normalization(x)
     np.testing.assert_allclose(found.std((0, 2, 3)), 1, atol=1e-5)
     assert np.ptp(found.mean(0)) > 0.1  # single pixels are not
+
+
+def test_several_inputs_are_scaled_one_by_one():
+    """Features beside an image of two channels, which stands in a row with its channels last."""
+    features, images = samples(1e5, 1), samples(*[1] * 12).reshape(-1, 2, 2, 3) * np.float32([1, 1e-9])[:, None, None]
+    x = np.concatenate([features, np.moveaxis(images, 1, -1).reshape(len(images), -1)], 1)
+    shapes = ((2,), (2, 2, 3))
+    with pytest.raises(InvalidInput, match=r"channel 1 of input 1 .* beside feature 0 of input 0"):
+        check_scales(x, bits=8, shapes=shapes)
+    normalization = Normalization.of(x, shapes)
+    found = normalization(x)
+    assert_array_equal(found[:, :2], Normalization.of(features)(features))
+    expected = np.moveaxis(Normalization.of(images)(images), 1, -1).reshape(len(images), -1)
+    assert_array_equal(found[:, 2:], expected)
+    check_scales(found, bits=8, shapes=shapes)
 
 
 def test_what_is_stored_is_exact(tmp_path):

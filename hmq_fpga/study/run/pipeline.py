@@ -107,7 +107,7 @@ class _Run:
     def __init__(self, config: RunConfig, task: Task, target: Target) -> None:
         self.config, self.target = config, target
         dataset = task.load(config.data)
-        self.normalization = Normalization.of(dataset.x_train) if config.normalize else None
+        self.normalization = Normalization.of(dataset.x_train, dataset.input_shapes) if config.normalize else None
         self.dataset = dataset = self.normalization.apply(dataset) if self.normalization else dataset
         self.proven = _proven(config, task, dataset)
         torch.set_num_threads(min(task.threads, _allowed_threads()))
@@ -136,7 +136,8 @@ class _Run:
         """Find what cannot be before anything is trained; the current float model with its sites."""
         model = self.instrumented()
         check_output(self.config.task, model, self.dataset)
-        check_scales(self.dataset.x_train, bits=self.target.activation_bits(model)[INPUT])
+        bits = self.target.activation_bits(model)[INPUT]
+        check_scales(self.dataset.x_train, bits=bits, shapes=self.dataset.input_shapes)
         net = outline(copy.deepcopy(model))
         for backend in self.backends:
             backend.check(net, self.hardware)
@@ -396,7 +397,7 @@ class _Run:
         net = QNet.load(self.folder / "qnet")
         values = torch.from_numpy(net.decode(reference.run(net, channels_last(dataset.x_test))))
         return {
-            **scores("float", predict(self.model, torch.from_numpy(dataset.x_test)), dataset),
+            **scores("float", predict(self.model, torch.from_numpy(dataset.x_test), dataset.input_shapes), dataset),
             **scores("qnet", finished(self.instrumented(), values.movedim(-1, 1)), dataset),
             "parity_passed": parity.passed,
         }
