@@ -183,6 +183,8 @@ class _Noting(TorchFunctionMode):
 
 def finished(model: QModel, values: Tensor) -> Output:
     """Output of the user's model, from the values that its `QModel` puts out."""
+    if not any(model.finals):
+        return Output(values, values)
     noting = _Noting()
     with noting:
         returned = model.finish(values)

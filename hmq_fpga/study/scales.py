@@ -19,6 +19,7 @@ from hmq_fpga.study.run.stages import write_json
 
 NORMALIZATION = "normalization.json"
 NAMED = 3  # features in an error
+LEAST_BITS = 8  # fewer may well lose the faint pixels of an image, which is no fault of the data
 Shapes = Sequence[Shape]
 
 
@@ -95,6 +96,7 @@ def check_scales(x: Array, *, bits: int, shapes: Shapes = ()) -> None:
 
     Of images and sequences a feature is a channel. Several inputs of these `shapes` stand in a row; see `Dataset`.
     """
+    bits = max(bits, LEAST_BITS)
     inputs = _separated(x, shapes) if shapes else [x]
     lo, hi = (np.concatenate([f(part, axis=_all_but_channels(part)) for part in inputs]) for f in (np.min, np.max))
     names = [

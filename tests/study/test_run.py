@@ -408,6 +408,10 @@ def test_normalized_inputs_reach_everything(own_model, digits_file, tmp_path):
     assert few.passed
     assert few.simulators["csim"].accuracy > 0.75
     assert run(make_config(config), Quiet())["stages"] == record["stages"]
+    baseline, other = (make_config(config | {"out": tmp_path / name}) for name in ("baseline", "other"))
+    pipeline.train_baseline(baseline, Quiet())
+    assert run(other, Quiet(), shared=baseline.folder)["metrics"]["qnet_digest"] == metrics["qnet_digest"]
+    assert json.loads((other.folder / "normalization.json").read_text()) == stored
 
 
 def test_samples_of_two_dimensions_are_sequences_to_a_model_over_them(own_model, digits_file, tmp_path):

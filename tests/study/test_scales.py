@@ -41,6 +41,14 @@ def test_other_features_are_left_alone(bits):
     check_scales(Normalization.of(constant)(constant), bits=bits)
 
 
+@pytest.mark.parametrize("bits", [2, 4])
+def test_faint_pixels_are_no_fault_of_the_data(bits):
+    """Of images standardized as a whole, such as MNIST's."""
+    x = RNG.integers(0, 256, (200, 16)).astype(np.float32)
+    x[:, 3] = x[:, 3] > 250
+    check_scales((x / 255 - np.float32(0.1307)) / np.float32(0.3081), bits=bits)
+
+
 def test_age_and_income_are_told_apart_by_eight_bits():
     x = np.abs(samples(30, 3e4))
     check_scales(x, bits=8)
