@@ -28,8 +28,8 @@ from hmq_fpga.ir import cost
 from hmq_fpga.ir.scheme import Scheme
 from hmq_fpga.search.freeze import freeze
 from hmq_fpga.search.graph import QModel
-from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.methods import find_scheme
+from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.target import Target
 from hmq_fpga.search.train import evaluate, finetune, fit
 from hmq_fpga.search.zeros import ZeroPull, widen_thresholds

@@ -20,8 +20,8 @@ import torch
 
 from hmq_fpga.ir import cost, reference
 from hmq_fpga.search.freeze import freeze
-from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.methods import find_scheme
+from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.target import Target
 from hmq_fpga.search.train import finetune, fit
 from hmq_fpga.study.data import channels_last

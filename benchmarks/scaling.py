@@ -39,8 +39,8 @@ from hmq_fpga.deploy.toolchain import run as run_tool
 from hmq_fpga.ir.network import QNet
 from hmq_fpga.search.freeze import freeze
 from hmq_fpga.search.graph import QModel
-from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.methods import find_scheme
+from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.target import Target
 from hmq_fpga.search.train import Budget, Task
 

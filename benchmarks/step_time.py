@@ -34,9 +34,9 @@ from torch.profiler import ProfilerActivity, profile
 from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.ir.scheme import Scheme
 from hmq_fpga.ir.scheme import Tensor as SchemeTensor
-from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.methods import find_scheme
 from hmq_fpga.search.optimizer import BETAS
+from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.target import Target
 from hmq_fpga.search.train import Budget, Task, finetune, fit
 from hmq_fpga.study.tasks import TASKS

@@ -35,6 +35,11 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print the result
 folder = click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
 backend = click.option("--backend", type=click.Choice(get_args(HlsBackend)), help="hls4ml backend [Vitis].")
 device = click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where to train and search [cpu].")
+normalize = click.option(
+    "--normalize/--no-normalize",
+    default=None,
+    help="Inputs of mean 0 and deviation 1, per feature or channel [no].",
+)
 parity_samples = click.option("--parity-samples", type=int, help="Test samples that back ends are compared on [all].")
 estimate = click.option(
     "--estimate", type=click.Choice(get_args(Estimate)), help="Resources without vendor tools [trace]."
@@ -52,6 +57,7 @@ io_type = click.option("--io-type", type=click.Choice(get_args(IoType)), help="S
 @click.option("--seed", type=int, help="Seed of everything random [0].")
 @device
 @click.option("--data", type=click.Path(path_type=Path), help="An .npz file, or a folder of such files.")
+@normalize
 @click.option("--weights", type=click.Path(path_type=Path), help="State dict of a trained model; no float training.")
 @backend
 @io_type
@@ -147,6 +153,7 @@ class _Lists(click.Command):
 @click.option("--zeros", type=float, help="Share of zero weights to aim for, for less logic [off].")
 @device
 @click.option("--data", type=click.Path(path_type=Path), help="An .npz file, or a folder of such files.")
+@normalize
 @backend
 @io_type
 @estimate

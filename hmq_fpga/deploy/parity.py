@@ -79,7 +79,7 @@ class Comparison:
         values: output codes compared.
         mismatches: how many of them differ.
         max_abs_diff: largest difference of two codes.
-        accuracy: share of samples whose largest output is the label's; None without labels.
+        accuracy: share of samples whose class is the label's, see `classes`; None without labels.
         first_difference: where it starts; None where nothing differs.
     """
 
@@ -157,7 +157,7 @@ def check(net: QNet, simulators: Sequence[Simulator], x: npt.ArrayLike, labels: 
         net: the network.
         simulators: what to compare.
         x: real inputs `(batch, *input_shape)`, channels last; taken as float32, which is what reaches hardware.
-        labels: `(batch,)` classes, for the accuracy; the largest output along the last axis is the prediction.
+        labels: `(batch,)` classes, for the accuracy; see `classes`.
 
     Raises:
         InvalidInput: when there is nothing to compare or the labels do not fit.
@@ -170,6 +170,12 @@ def check(net: QNet, simulators: Sequence[Simulator], x: npt.ArrayLike, labels: 
         raise InvalidInput(f"{np.shape(labels)} labels for {len(x)} samples: give one class per sample")
     expected = reference.run(net, x)
     return Parity(len(x), {s.name: _compare(net, s, x, expected, labels) for s in simulators})
+
+
+def classes(outputs: Codes) -> Codes:
+    """The class that each row of outputs stands for: the largest one's; of a single output 1 where it is positive."""
+    found: Codes = (outputs[..., 0] > 0).astype(np.int64) if outputs.shape[-1] == 1 else outputs.argmax(axis=-1)
+    return found
 
 
 def to_codes(values: npt.NDArray[np.floating[Any]], format: Fixed, tensor: str) -> Codes:
@@ -199,7 +205,7 @@ def _compare(
         values=expected.size,
         mismatches=int(np.count_nonzero(difference)),
         max_abs_diff=int(difference.max()),
-        accuracy=None if labels is None else float(np.mean(actual.argmax(axis=-1) == labels)),
+        accuracy=None if labels is None else float(np.mean(classes(actual) == labels)),
         first_difference=_first_difference(net, simulator, x, expected, actual) if difference.any() else None,
     )
 

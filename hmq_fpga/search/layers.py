@@ -301,8 +301,8 @@ def joined(outputs: object) -> Tensor:
 
 
 def parted(tensor: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
-    """The tensors `(batch, *shape)` that `joined` made one of, or that one where there is one shape."""
-    if len(shapes) == 1:
+    """The tensors `(batch, *shape)` that `joined` made one of; that one itself where there is at most one shape."""
+    if len(shapes) <= 1:
         return [tensor]
     parts = tensor.split([math.prod(shape) for shape in shapes], 1)
     return [part.unflatten(1, (*shape[1:], shape[0])).movedim(-1, 1) for part, shape in zip(parts, shapes, strict=True)]

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from hmq_fpga.search.graph import QModel
-from hmq_fpga.search.layers import joined
+from hmq_fpga.search.layers import joined, parted
 from hmq_fpga.search.optimizer import RAdam
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 History = dict[str, list[float]]
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +26,17 @@ class Task:
     """What to learn. Choices are made on training and validation data; a test split has no place here.
 
     Attributes:
-        x_train, y_train: inputs `(n, *sample shape)`, channels first, and class numbers `(n,)`, or real targets
-            `(n, *output shape)` of a regression.
+        x_train, y_train: inputs `(n, *sample shape)`, channels first, of several inputs see `input_shapes`; and class
+            numbers `(n,)`, or real targets `(n, *output shape)` of a regression. Classes 0 and 1 of a model with one
+            output are told by its sign.
         x_val, y_val: validation split.
-        custom_loss: mean loss of a batch of outputs and targets; None: cross entropy, of a regression squared error.
-            Of a model with several outputs it gets them side by side, `(batch, values)`; see `graph.joined`.
+        custom_loss: mean loss of a batch of targets and of what the user's model returns, its final functions
+            included; None: of classes cross entropy (of one output the logistic loss) of the scores before a final
+            softmax or sigmoid, of a regression squared error. Of a model with several outputs it gets them side by
+            side, `(batch, values)`; see `layers.joined`.
         batch_size: samples per optimizer step.
+        input_shapes: of one sample of each of several inputs, channels first; then samples hold them in a row,
+            `(n, values)`, each flattened channels last. Empty where there is one input.
     """
 
     x_train: Tensor
@@ -38,25 +45,38 @@ class Task:
     y_val: Tensor
     custom_loss: Loss | None = None
     batch_size: int = 64
+    input_shapes: tuple[Shape, ...] = ()
 
     @property
     def regression(self) -> bool:
         """Whether targets are real numbers."""
         return self.y_train.is_floating_point()
 
-    @property
-    def loss(self) -> Loss:
-        """Mean loss of a batch of outputs and targets."""
-        return self.custom_loss or (F.mse_loss if self.regression else F.cross_entropy)
+    def loss(self, outputs: Tensor, targets: Tensor, scores: Tensor | None = None) -> Tensor:
+        """Mean loss of a batch.
 
-    def accuracies(self, split: str, outputs: Tensor, targets: Tensor) -> dict[str, float]:
+        Args:
+            outputs: what the user's model returns.
+            targets: classes or real targets.
+            scores: the outputs before a final softmax or sigmoid; None where there is none.
+        """
+        if self.custom_loss:
+            return self.custom_loss(outputs, targets)
+        if self.regression:
+            return F.mse_loss(outputs, targets)
+        scores = outputs if scores is None else scores
+        if scores.shape[1:] == (1,):
+            return F.binary_cross_entropy_with_logits(scores[:, 0], targets.to(scores.dtype))
+        return F.cross_entropy(scores, targets)
+
+    def accuracies(self, split: str, scores: Tensor, targets: Tensor) -> dict[str, float]:
         """`{"<split>_accuracy": share of right classes}`; of a regression nothing: its loss says all."""
-        return {} if self.regression else {f"{split}_accuracy": accuracy(outputs, targets)}
+        return {} if self.regression else {f"{split}_accuracy": accuracy(scores, targets)}
 
     @property
-    def input_shape(self) -> tuple[int, ...]:
-        """Shape of one sample, channels first."""
-        return tuple(self.x_train.shape[1:])
+    def input_shape(self) -> Shape | tuple[Shape, ...]:
+        """Shape of one sample, channels first; of several inputs a tuple of theirs."""
+        return self.input_shapes or tuple(self.x_train.shape[1:])
 
     def epoch(self, step: int) -> float:
         """Passes over the training data after `step` optimizer steps."""
@@ -131,22 +151,76 @@ def batches(task: Task, steps: int, generator: torch.Generator) -> Iterator[tupl
             done += 1
 
 
-@torch.no_grad()
-def predict(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Outputs of a model for `x`, `(n, *sample shape)`, batch by batch; several in a row, see `graph.joined`."""
-    return torch.cat([joined(model(batch)) for batch in x.split(1024)])
+class Output(NamedTuple):
+    """A batch of outputs, several of a model in a row; see `layers.joined`.
+
+    Attributes:
+        returned: what the user's model returns.
+        scores: the same before a final softmax, sigmoid or argmax: what classes are judged by.
+    """
+
+    returned: Tensor
+    scores: Tensor
+
+
+_JUDGED_BEFORE = ("softmax", "logsoftmax", "log_softmax", "sigmoid", "argmax")
+
+
+class _Noting(TorchFunctionMode):
+    """Remembers what softmaxes and sigmoids were given."""
+
+    NAMES = (*_JUDGED_BEFORE, "special_softmax", "special_log_softmax", "special_expit")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") in self.NAMES:
+            self._made.append((result, args[0] if args else kwargs["input"]))
+        return result
+
+    def output(self, returned: Tensor) -> Output:
+        return Output(returned, next((given for made, given in self._made if made is returned), returned))
+
+
+def finished(model: QModel, values: Tensor) -> Output:
+    """Output of the user's model, from the values that its `QModel` puts out."""
+    returned = model.finish(values)
+    judged = any(final and final.name.lower() in _JUDGED_BEFORE for final in model.finals)
+    return Output(returned, values if judged else returned)
+
+
+def output_of(model: nn.Module, x: Tensor, shapes: Sequence[Shape] = ()) -> Output:
+    """Output of a float model, or of a `QModel` with the final functions of the user's; see `Task.input_shapes`."""
+    if isinstance(model, QModel):
+        return finished(model, model(x))
+    noting = _Noting()
+    with noting:
+        returned = joined(model(*parted(x, shapes)))
+    return noting.output(returned)
 
 
 @torch.no_grad()
-def evaluate(model: Callable[[Tensor], Tensor], task: Task) -> dict[str, float]:
+def predict(model: nn.Module, x: Tensor, shapes: Sequence[Shape] = ()) -> Output:
+    """`output_of` many samples, batch by batch."""
+    outputs = [output_of(model, batch, shapes) for batch in x.split(1024)]
+    return Output(*(torch.cat(parts) for parts in zip(*outputs, strict=True)))
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, task: Task) -> dict[str, float]:
     """Loss, and of classes the accuracy, on the validation split."""
-    outputs = predict(model, task.x_val)
-    return {"val_loss": float(task.loss(outputs, task.y_val)), **task.accuracies("val", outputs, task.y_val)}
+    returned, scores = predict(model, task.x_val, task.input_shapes)
+    loss = task.loss(returned, task.y_val, scores)
+    return {"val_loss": float(loss), **task.accuracies("val", scores, task.y_val)}
 
 
-def accuracy(outputs: Tensor, classes: Tensor) -> float:
-    """Share of samples whose largest output is that of their class."""
-    return float((outputs.argmax(1) == classes).double().mean())
+def accuracy(scores: Tensor, classes: Tensor) -> float:
+    """Share of samples whose largest score is that of their class; a single score is positive for class 1."""
+    found = scores[:, 0] > 0 if scores.shape[1:] == (1,) else scores.argmax(1)
+    return float((found == classes).double().mean())
 
 
 def fit(
@@ -176,9 +250,15 @@ def fit(
     optimizer = RAdam((model.parameters(), learning_rate))
     recorder = Recorder(listener)
     every = max(steps // 50, 1)
+    plain = False  # nothing to note, as the first batch shows: noting takes time
     model.train()
     for step, (x, y) in enumerate(batches(task, steps, torch.Generator().manual_seed(seed)), 1):
-        loss = task.loss(joined(model(x)), y)
+        if plain:
+            returned = scores = joined(model(*parted(x, task.input_shapes)))
+        else:
+            returned, scores = output_of(model, x, task.input_shapes)
+        plain = returned is scores and not isinstance(model, QModel)
+        loss = task.loss(returned, y, scores)
         rate = (1 + math.cos(math.pi * (step - 1) / steps)) / 2
         optimizer.step(loss if penalty is None else loss + penalty(step - 1, steps), rate)
         if step % every == 0 or step == steps:
@@ -214,5 +294,7 @@ def finite(loss: Tensor) -> float:
     """
     value = float(loss.detach())
     if not math.isfinite(value):
-        raise FloatingPointError(f"training loss became {value}; lower the learning rate or check the data")
+        raise FloatingPointError(
+            f"training loss became {value}; lower the learning rate, normalize the inputs, or check the data"
+        )
     return value

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -38,8 +39,10 @@ class Dataset:
     """Samples and what to learn of them, as a network takes them.
 
     Attributes:
-        x_train, x_val, x_test: float32, `(n, features)`, `(n, channels, length)` or `(n, channels, height, width)`.
+        x_train, x_val, x_test: float32, `(n, features)`, `(n, channels, length)` or `(n, channels, height, width)`; of
+            a network with several inputs all values in a row, `(n, values)`, each input flattened channels last.
         y_train, y_val, y_test: int64 classes from 0, `(n,)`, or float32 targets of a regression, `(n, *output shape)`.
+        input_shapes: of one sample of each of several inputs, channels first; empty where there is one.
     """
 
     x_train: Array
@@ -48,11 +51,17 @@ class Dataset:
     y_val: Array
     x_test: Array
     y_test: Array
+    input_shapes: tuple[tuple[int, ...], ...] = ()
 
     @property
     def regression(self) -> bool:
         """Whether there are real targets instead of classes."""
         return self.y_train.dtype.kind == "f"
+
+    @property
+    def classes(self) -> int:
+        """One more than the largest class number; of a regression zero."""
+        return 0 if self.regression else 1 + int(max(self.y_train.max(), self.y_val.max(), self.y_test.max()))
 
     @property
     def classes_test(self) -> Array | None:
@@ -63,19 +72,21 @@ class Dataset:
     def digest(self) -> str:
         """SHA-256 of all arrays, shapes included."""
         sha = hashlib.sha256()
-        for entry in fields(self):
-            array = getattr(self, entry.name)
-            sha.update(f"{entry.name}{array.dtype.str}{array.shape}".encode())
+        for name in (f"{kind}_{split}" for split in ("train", "val", "test") for kind in "xy"):
+            array = getattr(self, name)
+            sha.update(f"{name}{array.dtype.str}{array.shape}".encode())
             sha.update(np.ascontiguousarray(array).data)
+        if self.input_shapes:
+            sha.update(str(self.input_shapes).encode())
         return sha.hexdigest()
 
 
 class Raw(NamedTuple):
-    """The arrays of a data file, as they are stored."""
+    """The arrays of a data file, as they are stored; samples are an array, or a list of one for each input."""
 
-    x_train: Array
+    x_train: Array | list[Array]
     y_train: Array
-    x_test: Array
+    x_test: Array | list[Array]
     y_test: Array
 
 
@@ -152,14 +163,15 @@ def _standardized(axes: tuple[int, ...]) -> Callable[[Dataset], Dataset]:
 
 
 def _with_samples(dataset: Dataset, change: Callable[[Array], Array]) -> Dataset:
-    samples = {name: change(getattr(dataset, name)) for name in ("x_train", "x_val", "x_test")}
-    return replace(dataset, **samples)
+    x_train, x_val, x_test = (change(x) for x in (dataset.x_train, dataset.x_val, dataset.x_test))
+    return replace(dataset, x_train=x_train, x_val=x_val, x_test=x_test)
 
 
 def load_npz(path: Path, *, sequences: bool = False) -> Dataset:
     """A user's own data: an `.npz` file of `x_train, y_train, x_test, y_test`.
 
-    Values are taken as they are; images are channels-first, or `(n, height, width)` with one channel.
+    Values are taken as they are; images are channels-first, or `(n, height, width)` with one channel. For a model with
+    several inputs there are `x_train_0`, `x_train_1`, … in the order of `forward`'s arguments, and `x_test_0`, ….
 
     Args:
         path: of the file.
@@ -168,9 +180,7 @@ def load_npz(path: Path, *, sequences: bool = False) -> Dataset:
     Raises:
         InvalidInput: naming the file, the array and what is wrong with it.
     """
-    dataset = _dataset(_read(path), str(path))
-    one_channel = dataset.x_train.ndim == 4 and dataset.x_train.shape[1] == 1
-    return _with_samples(dataset, lambda x: x[:, 0]) if sequences and one_channel else dataset
+    return _dataset(_read(path), str(path), sequences=sequences)
 
 
 def as_images(dataset: Dataset, shape: tuple[int, ...]) -> Dataset:
@@ -179,6 +189,8 @@ def as_images(dataset: Dataset, shape: tuple[int, ...]) -> Dataset:
     Raises:
         InvalidInput: when the number of values in a sample is another one.
     """
+    if dataset.input_shapes:
+        raise InvalidInput(f"samples of {len(dataset.input_shapes)} inputs, the task takes one: give other data")
     found = dataset.x_train.shape[1:]
     if np.prod(found) != np.prod(shape):
         raise InvalidInput(f"samples have the shape {found}, the task takes {shape}: give other data")
@@ -215,18 +227,30 @@ def _read(path: Path) -> Raw:
             archive = np.load(file, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise InvalidInput(f"{path}: holds a single array; needs {', '.join(names)}")
-            if missing := [name for name in names if name not in archive.files]:
+            stored = {name: _stored(name, archive.files) for name in names}
+            if missing := [entry for entries in stored.values() for entry in entries if entry not in archive.files]:
                 raise InvalidInput(f"{path}: has no {', '.join(missing)}; needs {', '.join(names)}")
-            return Raw(*(archive[name] for name in names))
+            x_train, x_test = ([archive[entry] for entry in stored[name]] for name in ("x_train", "x_test"))
+            return Raw(x_train, archive["y_train"], x_test, archive["y_test"])
     except InvalidInput:
         raise
     except Exception as error:  # from a damaged archive anything may come
         raise InvalidInput(f"{path}: cannot be read as an .npz file of {', '.join(names)}: {error}") from error
 
 
-def _dataset(raw: Raw, where: str) -> Dataset:
+def _stored(name: str, there: Sequence[str]) -> list[str]:
+    """Where a file has an array: under its name, or samples of several inputs as `x_train_0`, `x_train_1`, …."""
+    inputs = [entry for entry in there if re.fullmatch(rf"{name}_\d+", entry)] if name[0] == "x" else []
+    return [name] if name in there or not inputs else [f"{name}_{i}" for i in range(len(inputs))]
+
+
+def _dataset(raw: Raw, where: str, *, sequences: bool = False) -> Dataset:
     """Checked arrays of the right types, and the validation split."""
-    x_train, x_test = (_samples(getattr(raw, name), f"{where}: {name}") for name in ("x_train", "x_test"))
+    inputs = [_inputs(getattr(raw, name), f"{where}: {name}", sequences) for name in ("x_train", "x_test")]
+    shapes, other = ([x.shape[1:] for x in arrays] for arrays in inputs)
+    if len(shapes) > 1 and shapes != other:
+        raise InvalidInput(f"{where}: inputs of x_train are {shapes}, those of x_test {other}")
+    x_train, x_test = (_in_a_row(arrays) if len(arrays) > 1 else arrays[0] for arrays in inputs)
     y_train, y_test = (_labels(getattr(raw, name), f"{where}: {name}") for name in ("y_train", "y_test"))
     for split, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
         if len(x) != len(y):
@@ -248,7 +272,31 @@ def _dataset(raw: Raw, where: str) -> Dataset:
             f"{where}: too few training samples to set {VALIDATION_SHARE:.0%} of each class aside for validation: "
             f"{error}"
         ) from error
-    return Dataset(x_train=x_train, y_train=y_train, x_val=x_val, y_val=y_val, x_test=x_test, y_test=y_test)
+    return Dataset(
+        x_train=x_train,
+        y_train=y_train,
+        x_val=x_val,
+        y_val=y_val,
+        x_test=x_test,
+        y_test=y_test,
+        input_shapes=tuple(shapes) if len(shapes) > 1 else (),
+    )
+
+
+def _inputs(given: Array | list[Array], what: str, sequences: bool) -> list[Array]:
+    """Samples of each input, checked."""
+    if not isinstance(given, list) or len(given) == 1:
+        x = _samples(given[0] if isinstance(given, list) else given, what)
+        return [x[:, 0] if sequences and x.ndim == 4 and x.shape[1] == 1 else x]
+    found = [_samples(x, f"{what}_{i}") for i, x in enumerate(given)]
+    if len({len(x) for x in found}) > 1:
+        raise InvalidInput(f"{what}_0 … have {', '.join(str(len(x)) for x in found)} samples: give all inputs of each")
+    return [x[:, 0] if sequences and array.ndim == 3 else x for x, array in zip(found, given, strict=True)]
+
+
+def _in_a_row(inputs: list[Array]) -> Array:
+    """All values of several inputs, each flattened with its channels last."""
+    return np.concatenate([channels_last(x).reshape(len(x), -1) for x in inputs], 1)
 
 
 def _samples(x: Array, what: str) -> Array:

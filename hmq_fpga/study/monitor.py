@@ -159,6 +159,8 @@ def summary(folder: Path, record: Mapping[str, Any]) -> Table:
             "accuracy", f"{metrics['qnet_accuracy']:.2%} on the test split (float {metrics['float_accuracy']:.2%})"
         )
     grid.add_row("parity", verdict(parity))
+    if "apply" in metrics.get("outputs", ""):
+        grid.add_row("outputs", escape(metrics["outputs"]))
     for line in parity.get("left_out", {}).values():
         grid.add_row("left out", escape(line))
     asked = {name: layer["reuse_factor"] or config["reuse_factor"] for name, layer in config["layers"].items()}

@@ -331,4 +331,5 @@ def training_task(dataset: Dataset, batch_size: int, device: str = "cpu") -> Tra
         x_val=moved(dataset.x_val),
         y_val=moved(dataset.y_val),
         batch_size=batch_size,
+        input_shapes=dataset.input_shapes,
     )

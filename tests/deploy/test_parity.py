@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from hmq_fpga.deploy.parity import ParityError, check, to_codes
+from hmq_fpga.deploy.parity import ParityError, check, classes, to_codes
 from hmq_fpga.ir import reference
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Fixed
@@ -97,3 +97,8 @@ def test_codes_are_decoded_exactly_or_not_at_all():
     for value in (0.3, 2.0**-40, np.nan, np.inf):
         with pytest.raises(ParityError, match="tensor 'a' holds"):
             to_codes(np.array([value]), format_, "a")
+
+
+def test_class_of_outputs():
+    assert classes(np.array([[3, -1, 2], [0, 0, 1]])).tolist() == [0, 2]
+    assert classes(np.array([[3], [-1], [0]])).tolist() == [1, 0, 0]

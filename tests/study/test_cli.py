@@ -43,6 +43,7 @@ def bad_calls(tmp_path, data, own):
     (tmp_path / "thesis" / "thesis.tex").write_text("precious")
     nan = spoiled(tmp_path / "nan.npz", data, x_train=x)
     short = spoiled(tmp_path / "short.npz", data, y_test=np.arange(3))
+    wide = spoiled(tmp_path / "wide.npz", data, x_train=np.nan_to_num(x) * np.logspace(-6, 6, 64))
     real = spoiled(tmp_path / "real.npz", data, y_train=x[:, :3] * 0, y_test=x[:200, :3] * 0)
     images = spoiled(tmp_path / "images.npz", data, x_train=np.zeros((900, 1, 8, 8)), x_test=np.zeros((200, 1, 8, 8)))
     torch.save({"0.weight": torch.zeros(3)}, tmp_path / "other.pt")
@@ -53,6 +54,7 @@ def bad_calls(tmp_path, data, own):
         "malformed data": (["digits_mlp", "--data", tmp_path / "text.npz"], "cannot be read as an .npz file"),
         "uneven data": (["digits_mlp", "--data", short], "x_test has 200 samples and y_test 3"),
         "nan in data": (["digits_mlp", "--data", nan], "x_train: 1 values are NaN"),
+        "features of too different scales": ([f"{own}:small", "--data", wide], "the input beside feature 63 (0 …"),
         "nan in weights": ([f"{own}:nan", "--data", data], "0.weight holds NaN"),
         "no data for own model": ([f"{own}:small"], "--data"),
         "unsupported module": ([f"{own}:gelu", "--data", data], "'1' (GELU): is not supported"),

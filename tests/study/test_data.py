@@ -3,17 +3,21 @@ from urllib.error import URLError
 
 import numpy as np
 import pytest
+import torch
 from numpy.testing import assert_array_equal
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.utils import Bunch
 
 from hmq_fpga.ir.errors import InvalidInput
+from hmq_fpga.search.train import separated
 from hmq_fpga.study import data
 from hmq_fpga.study.data import Dataset
+from hmq_fpga.study.tasks import training_task
 from tests import outside
 
 CLASSES = np.arange(60) % 3
+RNG = np.random.default_rng(3)
 
 
 def arrays(**changes):
@@ -134,6 +138,60 @@ def test_images_get_a_channel(file):
     assert_array_equal(dataset.x_test[:, 0], x[:30])
     with_channels = data.load_npz(file(x_train=x[:, None], x_test=x[:30, None]))
     assert with_channels.digest == dataset.digest
+
+
+def several(**changes):
+    """Contents of a file for a model that reads features and an image."""
+    x = {"features": RNG.normal(size=(60, 3)), "images": RNG.normal(size=(60, 2, 4, 5))}
+    stored = {"x_train_0": x["features"], "x_train_1": x["images"], "x_train": None, "x_test": None}
+    stored |= {"x_test_0": x["features"][:30], "x_test_1": x["images"][:30]}
+    return stored | changes
+
+
+def test_several_inputs_stand_in_a_row(file):
+    stored = several()
+    dataset = data.load_npz(file(**stored))
+    assert dataset.input_shapes == ((3,), (2, 4, 5))
+    assert dataset.x_train.shape == (51, 43)
+    expected = np.concatenate([stored["x_test_0"], np.moveaxis(stored["x_test_1"], 1, -1).reshape(30, -1)], 1)
+    assert_array_equal(dataset.x_test, expected.astype(np.float32))
+    features, images = separated(torch.from_numpy(dataset.x_test), dataset.input_shapes)
+    assert_array_equal(features, stored["x_test_0"].astype(np.float32))
+    assert_array_equal(images, stored["x_test_1"].astype(np.float32))
+    task = training_task(dataset, 16)
+    assert task.input_shape == ((3,), (2, 4, 5))
+    flat = {"x_train_1": stored["x_train_1"].reshape(60, 40), "x_test_1": stored["x_test_1"].reshape(30, 40)}
+    assert data.load_npz(file("flat.npz", **stored | flat)).digest != dataset.digest
+    assert data.load_npz(file("one.npz", **several(x_train_1=None, x_test_1=None))).input_shapes == ()
+
+
+def test_two_dimensions_of_several_inputs_are_images_or_sequences(file):
+    x = RNG.normal(size=(60, 4, 5))
+    path = file(**several(x_train_1=x, x_test_1=x[:30]))
+    assert data.load_npz(path).input_shapes == ((3,), (1, 4, 5))
+    assert data.load_npz(path, sequences=True).input_shapes == ((3,), (4, 5))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x_train_0": np.zeros((59, 3))}, "x_train_0 … have 59, 60 samples: give all inputs of each"),
+        ({"x_test_1": None}, r"samples of x_train are|inputs of x_train are"),
+        ({"x_test_1": np.zeros((30, 2, 4, 6))}, r"inputs of x_train are \[\(3,\), \(2, 4, 5\)\], those of x_test"),
+        ({"x_train_1": None, "x_train_2": np.zeros((60, 3))}, "has no x_train_1"),
+        ({"x_train_1": np.full((60, 3), np.nan)}, "x_train_1: 180 values are NaN"),
+    ],
+)
+def test_what_is_wrong_with_several_inputs_is_named(file, changes, message):
+    with pytest.raises(InvalidInput, match=rf"mine\.npz: .*{message}"):
+        data.load_npz(file(**several(**changes)))
+
+
+def test_named_sets_have_one_input(tmp_path):
+    contents = arrays(**several())
+    np.savez(tmp_path / "pendigits.npz", **contents)
+    with pytest.raises(InvalidInput, match="samples of 2 inputs, the task takes one"):
+        data.load("pendigits", tmp_path)
 
 
 def test_channels_last():

@@ -34,6 +34,14 @@ def test_says_what_came_out(tmp_path):
     assert "data:" not in page.text
 
 
+def test_says_what_the_hardware_puts_out(tmp_path):
+    run = make_run(tmp_path / "run")
+    record = json.loads((run / "run.json").read_text())
+    record["metrics"]["outputs"] = "values before Tanh; apply Tanh"
+    (run / "run.json").write_text(json.dumps(record))
+    assert "Outputs of the hardware: values before Tanh; apply Tanh" in page_of(run).text
+
+
 def test_broken_parity_stands_at_the_top(tmp_path):
     page = page_of(make_run(tmp_path / "run", mismatches=12))
     assert "✗ Not bit-exact csim: 12 of 5 400 values differ, tensor “fc” first." in page.text

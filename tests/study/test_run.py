@@ -11,14 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hmq_fpga.search.instrument import instrument
 
 from hmq_fpga.deploy.hls.project import HlsProject
+from hmq_fpga.ir import reference
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.network import QNet
 from hmq_fpga.ir.scheme import Scheme
 from hmq_fpga.search.train import ignore
+from hmq_fpga.study.run import pipeline
 from hmq_fpga.study.run.config import make_config
-from hmq_fpga.study.run.pipeline import run
+from hmq_fpga.study.run.pipeline import compare_again, run
 from tests import outside
 
 QKERAS = ("qkeras",) if outside.has_qkeras() else ()
@@ -243,6 +246,40 @@ def test_a_trained_models_weights_are_the_float_baseline(undisturbed, digits_fil
     assert again["resolved"]["budget"]["float_steps"] == 0
 
 
+def test_the_model_is_read_once_where_its_parameters_stay(own_model, digits_file, tmp_path, monkeypatch):
+    """Twice with float training in between; and what is searched is the trained model, however a run came to it."""
+    read = []
+
+    def counted(*arguments, **settings):
+        read.append(arguments)
+        return instrument(*arguments, **settings)
+
+    monkeypatch.setattr(pipeline, "instrument", counted)
+    steps = {"float_steps": 100, "search_steps": 150, "finetune_steps": 20, "estimate": "none"}
+    config = {"task": f"{own_model}:small", "data": digits_file, "out": tmp_path / "run", **steps}
+
+    def digest_and_readings(**changes):
+        read.clear()
+        record = run(make_config(config | changes), Quiet())
+        return record["metrics"]["qnet_digest"], len(read)
+
+    first, readings = digest_and_readings()
+    assert readings == 2
+    for made in ("search.pt", "finetune.pt"):  # what comes after it is done again
+        (tmp_path / "run" / made).unlink()
+        assert digest_and_readings() == (first, 1)
+    assert digest_and_readings() == (first, 1)
+    for made in ("float.pt", "search.pt"):  # trained from the start again
+        (tmp_path / "run" / made).unlink()
+    assert digest_and_readings() == (first, 2)
+    pipeline.train_baseline(make_config(config | {"out": tmp_path / "baseline"}), Quiet())
+    read.clear()
+    record = run(make_config(config | {"out": tmp_path / "other"}), Quiet(), shared=tmp_path / "baseline")
+    assert (record["metrics"]["qnet_digest"], len(read)) == (first, 1)
+    weights = {"weights": tmp_path / "run" / "float.pt", "float_steps": 0, "out": tmp_path / "given"}
+    assert digest_and_readings(**weights) == (first, 1)
+
+
 class Quiet:
     """Shows nothing."""
 
@@ -280,6 +317,42 @@ def test_an_image_autoencoder_is_a_regression(own_model, digits_file, tmp_path):
     page = (tmp_path / "run" / "report.html").read_text()
     assert "squared error" in page
     assert "4 removed" in page
+    net = QNet.load(tmp_path / "run" / "qnet")
+    values = net.decode(reference.run(net, images["test"][..., None]))
+    error = np.square(1 / (1 + np.exp(-values[..., 0])) - images["test"]).mean()
+    assert metrics["qnet_mse"] == pytest.approx(error, rel=1e-5)
+    assert error < 1.5 * metrics["float_mse"]
+    assert metrics["outputs"] == "values before Sigmoid; apply Sigmoid"
+    assert metrics["outputs"] in page
+    told = json.loads((tmp_path / "run" / "outputs.json").read_text())
+    assert told["outputs"] == [{"name": net.outputs[0], "shape": [8, 8, 1], "apply": "Sigmoid"}]
+
+
+@pytest.mark.parametrize("name", ["logistic", "logit"])
+def test_one_output_tells_two_classes(name, own_model, digits_file, tmp_path):
+    with np.load(digits_file) as archive:
+        arrays = {key: archive[key] % 2 if key[0] == "y" else archive[key] for key in archive.files}
+    np.savez(tmp_path / "odd.npz", **arrays)
+    steps = {"float_steps": 300, "search_steps": 150, "finetune_steps": 200, "estimate": "none"}
+    task = {"task": f"{own_model}:{name}", "data": tmp_path / "odd.npz", "out": tmp_path / "run"}
+    record = run(make_config(task | steps), Quiet())
+    metrics = record["metrics"]
+    assert metrics["qnet_accuracy"] > metrics["float_accuracy"] - 0.05 > 0.75
+    parity = json.loads((tmp_path / "run" / "parity.json").read_text())
+    assert {simulator["accuracy"] for simulator in parity["simulators"].values()} == {metrics["qnet_accuracy"]}
+    assert metrics["outputs"].endswith("class: 1 where the value is positive")
+    assert ("apply Sigmoid" in metrics["outputs"]) == (name == "logistic")
+    three = spoiled_labels(tmp_path / "three.npz", arrays)
+    with pytest.raises(InvalidInput, match=r"output is \(1,\), but the data have 3 classes"):
+        run(make_config({**task, "data": three}), Quiet())
+    with pytest.raises(InvalidInput, match="a softmax of one output is always one"):
+        run(make_config({**task, "task": f"{own_model}:certain"}), Quiet())
+
+
+def spoiled_labels(path, arrays):
+    """The same data with a third class."""
+    np.savez(path, **(arrays | {"y_train": np.arange(900) % 3}))
+    return path
 
 
 def test_several_outputs_are_a_regression_of_all_in_a_row(own_model, digits_file, tmp_path):
@@ -302,6 +375,43 @@ def test_several_outputs_are_a_regression_of_all_in_a_row(own_model, digits_file
     assert [net.shapes[name] for name in net.outputs] == [(1,), (2,)]
     with pytest.raises(InvalidInput, match=r"2 outputs and the data have classes: give real targets .*\(n, 3\)"):
         run(make_config({**task, **steps, "data": digits_file, "out": tmp_path / "classes"}), Quiet())
+
+
+def test_normalized_inputs_reach_everything(own_model, digits_file, tmp_path):
+    """Features from 1e-6 to 1e6: refused as they are, learned when normalized, the same in every stage and later."""
+    with np.load(digits_file) as archive:
+        arrays = {key: archive[key] for key in archive.files}
+    scales = np.logspace(-6, 6, 64, dtype=np.float32)
+    for split in ("x_train", "x_test"):
+        arrays[split] = arrays[split] * scales + scales
+    np.savez(tmp_path / "wide.npz", **arrays)
+    np.savez(tmp_path / "few.npz", **(arrays | {name: arrays[name][:90] for name in ("x_test", "y_test")}))
+    steps = {"float_steps": 300, "search_steps": 150, "finetune_steps": 100, "estimate": "none"}
+    config = {"task": f"{own_model}:small", "data": tmp_path / "wide.npz", "out": tmp_path / "run", **steps}
+    with pytest.raises(InvalidInput, match=r"inputs: feature 1 .* would not vary in any 8-bit .*: add --normalize"):
+        run(make_config(config), Quiet())
+    assert not (tmp_path / "run").exists()
+    config["normalize"] = True
+    record = run(make_config(config), Quiet())
+    metrics = record["metrics"]
+    assert metrics["parity_passed"]
+    assert min(metrics["float_accuracy"], metrics["qnet_accuracy"]) > 0.8
+    assert record["config"]["normalize"]
+    stored = json.loads((tmp_path / "run" / "normalization.json").read_text())
+    first = (arrays["x_test"][0] - np.array(stored["mean"])) / np.array(stored["deviation"])
+    written = np.loadtxt(tmp_path / "run" / "hls" / "tb_data" / "tb_input_features.dat")[0]
+    np.testing.assert_allclose(written, first, atol=1e-4)
+    assert "as normalization.json has them" in (tmp_path / "run" / "report.html").read_text()
+    again = compare_again(tmp_path / "run")
+    assert {simulator.accuracy for simulator in again.simulators.values()} == {metrics["qnet_accuracy"]}
+    few = compare_again(tmp_path / "run", tmp_path / "few.npz")
+    assert few.passed
+    assert few.simulators["csim"].accuracy > 0.75
+    assert run(make_config(config), Quiet())["stages"] == record["stages"]
+    baseline, other = (make_config(config | {"out": tmp_path / name}) for name in ("baseline", "other"))
+    pipeline.train_baseline(baseline, Quiet())
+    assert run(other, Quiet(), shared=baseline.folder)["metrics"]["qnet_digest"] == metrics["qnet_digest"]
+    assert json.loads((other.folder / "normalization.json").read_text()) == stored
 
 
 def test_samples_of_two_dimensions_are_sequences_to_a_model_over_them(own_model, digits_file, tmp_path):

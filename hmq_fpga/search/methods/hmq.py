@@ -21,7 +21,7 @@ from hmq_fpga.search.graph import QModel
 from hmq_fpga.search.optimizer import RAdam
 from hmq_fpga.search.quantizers import HMQ, THRESHOLDS, Grid, initial_gap
 from hmq_fpga.search.target import Target, activation_sites, cheapest_bits, meets, rate, weight_sites
-from hmq_fpga.search.train import Budget, History, Listener, Recorder, Task, batches, finite
+from hmq_fpga.search.train import Budget, History, Listener, Recorder, Task, batches, finished, finite
 
 CYCLES = 6
 RISING_CYCLES = 4  # the targets reach their final values at the start of this one
@@ -126,8 +126,8 @@ def hmq(
             blocks.set_bits(bits(step))
         temperature, weight_rate = schedule.temperature(step), schedule.weight_rate(step)
         p = blocks.sample(temperature, noise)
-        outputs = model(x, dict(zip(names, blocks.grids(p), strict=True)))
-        task_loss = task.loss(outputs, y)
+        returned, scores = finished(model, model(x, dict(zip(names, blocks.grids(p), strict=True))))
+        task_loss = task.loss(returned, y, scores)
         under = p if options.expected_bits == "gumbel" else blocks.probabilities()
         expected_bits = blocks.expected_bits(under)
         expected_rate = float_bits / expected_bits.item()
@@ -141,7 +141,7 @@ def hmq(
                 {
                     "epoch": task.epoch(step + 1),
                     "loss": finite(task_loss),
-                    **task.accuracies("batch", outputs, y),
+                    **task.accuracies("batch", scores, y),
                     "rate_expected": expected_rate,
                     "rate_actual": rate(chosen_bits, [s.size for s in weights]),
                     "rate_target": weight_rate,
@@ -197,7 +197,8 @@ def _repair(
     def loss(changed: dict[str, Fixed]) -> float:
         grids = {name: Grid.of(f) for name, f in {**formats, **changed}.items()}
         with torch.no_grad():
-            return float(task.loss(model(task.x_train[:SAMPLES], grids), task.y_train[:SAMPLES]))
+            returned, scores = finished(model, model(task.x_train[:SAMPLES], grids))
+            return float(task.loss(returned, task.y_train[:SAMPLES], scores))
 
     before = loss({})
     choices = target.weight_bits(model)

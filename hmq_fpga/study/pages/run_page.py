@@ -77,7 +77,7 @@ def environment() -> Environment:
 
 def given(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that say something, as a `CONFIG.yaml` takes them."""
-    return {key: value for key, value in config.items() if value not in (None, {}, [])}
+    return {key: value for key, value in config.items() if value not in (None, {}, []) and value is not False}
 
 
 def stored(path: Path) -> Any:

@@ -29,6 +29,8 @@ class RunConfig(BaseModel):
         seed: of initial weights, batches and noise.
         device: where to train and search.
         data: file or folder in place of the task's own source.
+        normalize: whether inputs lose the training data's mean and are divided by its deviation, of each feature or
+            channel; both are kept in the run's `normalization.json`, and the hardware takes inputs so normalized.
         weights: file with the state dict of a model that is trained already: no float training unless `float_steps`
             says so.
         float_steps, search_steps, finetune_steps: optimizer steps in place of the task's; `float_steps: 0` takes the
@@ -59,6 +61,7 @@ class RunConfig(BaseModel):
     seed: int = Field(default=0, ge=0)
     device: Literal["cpu", "cuda"] = "cpu"
     data: Path | None = None
+    normalize: bool = False
     weights: Path | None = None
     float_steps: int | None = Field(default=None, ge=0)
     search_steps: int | None = Field(default=None, ge=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import platform
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hmq_fpga.deploy.backends import HLS, Backend, split_by_installed
 from hmq_fpga.deploy.doctor import installed_version
@@ -29,20 +30,22 @@ from hmq_fpga.search.describe import description
 from hmq_fpga.search.freeze import freeze, outline, run_codes
 from hmq_fpga.search.graph import QModel
 from hmq_fpga.search.layers import Join
-from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.methods import check_budget, find_scheme, make_options
+from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.target import Target
-from hmq_fpga.search.train import Listener, finetune, fit, predict
+from hmq_fpga.search.train import Listener, Output, accuracy, finetune, finished, fit, predict
 from hmq_fpga.search.zeros import ZeroPull, widen_thresholds
 from hmq_fpga.study.data import Dataset, channels_last
 from hmq_fpga.study.pages import run_page as page
 from hmq_fpga.study.run.config import RunConfig, make_config
 from hmq_fpga.study.run.hardware import assemble
 from hmq_fpga.study.run.stages import RunFolder, Stage, check_ours, read_record, write_json
+from hmq_fpga.study.scales import NORMALIZATION, Normalization, check_scales
 from hmq_fpga.study.tasks import Task, resolve, training_task
 from hmq_fpga.study.workers import cores
 
 LAYERS = "layers.json"  # what the model is made of
+OUTPUTS = "outputs.json"  # what the hardware puts out, and what to apply to it
 
 
 class Monitor(Protocol):
@@ -104,7 +107,9 @@ class _Run:
 
     def __init__(self, config: RunConfig, task: Task, target: Target) -> None:
         self.config, self.target = config, target
-        self.dataset = dataset = task.load(config.data)
+        dataset = task.load(config.data)
+        self.normalization = Normalization.of(dataset.x_train, dataset.input_shapes) if config.normalize else None
+        self.dataset = dataset = self.normalization.apply(dataset) if self.normalization else dataset
         self.proven = _proven(config, task, dataset)
         torch.set_num_threads(min(task.threads, _allowed_threads()))
         self.folder = config.folder
@@ -125,22 +130,38 @@ class _Run:
         self.model = task.build()
         if config.weights is not None:
             load_weights(self.model, config.weights)
+        self.initial = copy.deepcopy(self.model.state_dict())
+        self.read: tuple[str, QModel] | None = None
 
     def check_model(self) -> QModel:
         """Find what cannot be before anything is trained; the current float model with its sites."""
         model = self.instrumented()
         check_output(self.config.task, model, self.dataset)
-        net = outline(model)
+        bits = min(bits for name, bits in self.target.activation_bits(model).items() if name in model.inputs)
+        check_scales(self.dataset.x_train, bits=bits, shapes=self.dataset.input_shapes)
+        net = outline(copy.deepcopy(model))
         for backend in self.backends:
             backend.check(net, self.hardware)
         return model
 
     def instrumented(self) -> QModel:
-        """The current float model with its sites."""
-        return instrument(self.model, self.training.input_shape, input_signed=self.training.input_signed)
+        """The current float model with its sites: read again only where its parameters have changed since."""
+        digest = _digest(self.model.state_dict())
+        if self.read is None or self.read[0] != digest:
+            made = instrument(self.model, self.training.input_shape, input_signed=self.training.input_signed)
+            self.read = digest, made
+        return self.read[1]
+
+    def take_trained(self, shared: Path | None) -> None:
+        """Give the model the parameters that its float training left, where that has been done: those are searched."""
+        for path in (self.folder, shared):
+            if path is not None and RunFolder(path).look().has(self.float_stage()):
+                _load(self.model, path / "float.pt")
+                return
 
     def everything(self, monitor: Monitor, shared: Path | None, patience_s: float) -> dict[str, Any]:
         check_budget(self.config.method, self.budget)
+        self.take_trained(shared)
         self.target.check(self.check_model())
         self.monitor = monitor
         with self.opened(patience_s) as folder:
@@ -155,7 +176,7 @@ class _Run:
     def baseline(self, monitor: Monitor, patience_s: float) -> None:
         self.monitor = monitor
         with self.opened(patience_s) as folder:
-            self.do(folder, self.stages()[0])
+            self.do(folder, self.float_stage())
 
     @contextmanager
     def opened(self, patience_s: float) -> Iterator[RunFolder]:
@@ -172,6 +193,8 @@ class _Run:
                 "seed": self.config.seed,
             }
             folder.save()
+            if self.normalization is None:
+                (self.folder / NORMALIZATION).unlink(missing_ok=True)
             yield folder
 
     def do(self, folder: RunFolder, stage: Stage, shared: Path | None = None) -> None:
@@ -181,11 +204,29 @@ class _Run:
         folder.record["metrics"] = _metrics(folder.record)
         folder.save()
 
-    def stages(self) -> list[Stage]:
-        config = self.config
-        data = {"data": self.dataset.digest, "batch_size": self.batch_size, "seed": config.seed}
-        data |= {"device": config.device} if config.device != "cpu" else {}
+    @property
+    def basis(self) -> dict[str, Any]:
+        """Settings of every stage that trains."""
+        data = {"data": self.dataset.digest, "batch_size": self.batch_size, "seed": self.config.seed}
+        return data | ({"device": self.config.device} if self.config.device != "cpu" else {})
+
+    def float_stage(self) -> Stage:
         budget = self.budget
+        return Stage(
+            name="float",
+            settings=self.basis
+            | {"model": str(self.model), "source": self.source, "state": _digest(self.initial)}
+            | {"steps": budget.float_steps, "learning_rate": budget.float_learning_rate},
+            needs=(),
+            makes=("float.pt", *((NORMALIZATION,) if self.normalization else ())),
+            versions=versions("torch", "numpy"),
+            work=self.train_float,
+        )
+
+    def stages(self) -> list[Stage]:
+        config, budget = self.config, self.budget
+        finals = [final.name for final in self.instrumented().finals if final]
+        data = self.basis | ({"finals": finals} if finals else {})
         searching = {
             "method": config.method,
             "zeros": config.zeros,
@@ -196,16 +237,7 @@ class _Run:
         }
         trained = versions("torch", "numpy")
         return [
-            Stage(
-                name="float",
-                settings=data
-                | {"model": str(self.model), "source": self.source, "state": _digest(self.model)}
-                | {"steps": budget.float_steps, "learning_rate": budget.float_learning_rate},
-                needs=(),
-                makes=("float.pt",),
-                versions=trained,
-                work=self.train_float,
-            ),
+            self.float_stage(),
             Stage(
                 name="search",
                 settings=data | searching,
@@ -227,7 +259,7 @@ class _Run:
                 name="freeze",
                 settings={},
                 needs=("search", "finetune"),
-                makes=("qnet", LAYERS),
+                makes=("qnet", LAYERS, OUTPUTS),
                 versions=trained,
                 work=self.freeze,
             ),
@@ -258,6 +290,7 @@ class _Run:
 
     def train_float(self, new: Path) -> dict[str, Any]:
         budget = self.budget
+        self.model.load_state_dict(self.initial)
         if budget.float_steps:
             torch.manual_seed(self.config.seed)
             fit(
@@ -269,6 +302,8 @@ class _Run:
                 listener=self.listener,
             )
         torch.save(self.model.cpu().state_dict(), new / "float.pt")
+        if self.normalization:
+            self.normalization.save(new)
         return {}
 
     def search(self, new: Path) -> dict[str, Any]:
@@ -328,9 +363,12 @@ class _Run:
         )
         net.save(new / "qnet")
         write_json(new / LAYERS, description(model))
+        outputs = describe_outputs(model, net, self.dataset)
+        write_json(new / OUTPUTS, outputs)
         layers = cost.layer_costs(net)
         return {
             "qnet_digest": net.digest,
+            "outputs": outputs["note"],
             "macs": sum(layer.macs for layer in layers),
             "weight_bits": sum(layer.weight_bits for layer in layers),
             "bias_bits": sum(layer.bias_bits for layer in layers),
@@ -357,12 +395,11 @@ class _Run:
         dataset = self.dataset
         _load(self.model, self.folder / "float.pt")
         self.model.eval()
-        outputs = predict(self.model, torch.from_numpy(dataset.x_test))
         net = QNet.load(self.folder / "qnet")
-        quantized = net.decode(reference.run(net, channels_last(dataset.x_test)))
+        values = torch.from_numpy(net.decode(reference.run(net, channels_last(dataset.x_test))))
         return {
-            **scores("float", channels_last(outputs.numpy()), dataset),
-            **scores("qnet", quantized, dataset),
+            **scores("float", predict(self.model, torch.from_numpy(dataset.x_test), dataset.input_shapes), dataset),
+            **scores("qnet", finished(self.instrumented(), values.movedim(-1, 1)), dataset),
             "parity_passed": parity.passed,
         }
 
@@ -392,6 +429,8 @@ def compare_again(folder: Path, data: Path | None = None) -> Parity:
     config = make_config(record["config"])
     task = resolve(config.task)
     dataset = task.load(data or config.data)
+    if config.normalize:
+        dataset = Normalization.load(folder).apply(dataset)
     if data is None:
         dataset = _proven(config, task, dataset)
     return compare(folder, dataset, config.hardware(task.io_type))
@@ -443,17 +482,42 @@ def check_output(task: str, model: QModel, dataset: Dataset) -> None:
             f"{task}: the model has {len(model.nodes[-1].sources)} outputs and the data have classes: give real "
             f"targets for all of them in a row, (n, {output[0]}), or a loss of your own by the API"
         )
-    classes = 1 + int(max(dataset.y_train.max(), dataset.y_val.max(), dataset.y_test.max()))
-    if len(output) != 1 or output[0] < classes:
-        raise InvalidInput(f"{task}: the model's output is {output}, but the data have {classes} classes")
+    if len(output) != 1 or max(output[0], 2) < dataset.classes:  # one output tells two classes by its sign
+        raise InvalidInput(f"{task}: the model's output is {output}, but the data have {dataset.classes} classes")
+    final = model.finals[0] if model.finals else None
+    if output == (1,) and final and "softmax" in final.name.lower():
+        raise InvalidInput(f"{task}: a softmax of one output is always one: end with Sigmoid, or with two outputs")
 
 
-def scores(of: str, outputs: np.ndarray[Any, Any], dataset: Dataset) -> dict[str, float | None]:
-    """Accuracy of outputs `(n, *output shape)`, channels last, on the test split; of a regression the squared error."""
+def scores(of: str, output: Output, dataset: Dataset) -> dict[str, float | None]:
+    """Accuracy of outputs on the test split; of a regression the squared error of what the user's model returns."""
+    targets = torch.from_numpy(dataset.y_test)
     if dataset.regression:
-        error = float(np.mean(np.square(outputs - channels_last(dataset.y_test))))
-        return {f"{of}_accuracy": None, f"{of}_mse": error}
-    return {f"{of}_accuracy": float(np.mean(outputs.argmax(-1) == dataset.y_test))}
+        return {f"{of}_accuracy": None, f"{of}_mse": float((output.returned - targets).double().square().mean())}
+    return {f"{of}_accuracy": accuracy(output.scores, targets)}
+
+
+def describe_outputs(model: QModel, net: QNet, dataset: Dataset) -> dict[str, Any]:
+    """What the hardware puts out, and what is left to apply to it: the content of `outputs.json`.
+
+    Returns:
+        `outputs`: name, shape (channels last) and the final function of each that is to be applied, or None; `classes`:
+        how they name the class, None of a regression; `note`: all of it in words.
+    """
+    finals = model.finals or (None,) * len(net.outputs)
+    outputs = [
+        {"name": name, "shape": list(net.shapes[name]), "apply": final.name if final else None}
+        for name, final in zip(net.outputs, finals, strict=True)
+    ]
+    told = [
+        f"values before {output['apply']}; apply {output['apply']}" if output["apply"] else "as the model returns them"
+        for output in outputs
+    ]
+    note = told[0] if len(told) == 1 else "; ".join(f"{o['name']}: {t}" for o, t in zip(outputs, told, strict=True))
+    classes = None
+    if not dataset.regression:
+        classes = "1 where the value is positive" if net.shapes[net.outputs[0]] == (1,) else "number of the largest"
+    return {"outputs": outputs, "classes": classes, "note": f"{note}; class: {classes}" if classes else note}
 
 
 def _metrics(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -474,9 +538,9 @@ def _load(module: nn.Module, path: Path) -> None:
     module.load_state_dict(torch.load(path, weights_only=True))
 
 
-def _digest(module: nn.Module) -> str:
+def _digest(state: Mapping[str, Tensor]) -> str:
     sha = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
+    for name, value in sorted(state.items()):
         sha.update(name.encode() + value.numpy().tobytes())
     return sha.hexdigest()
 

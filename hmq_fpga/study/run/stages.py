@@ -72,13 +72,17 @@ class RunFolder:
             with FileLock(self.path / ".lock", timeout=patience_s):
                 for left in self.path.glob(".new-*"):
                     shutil.rmtree(left)
-                if (self.path / RECORD).exists():
-                    self.record = read_record(self.path)
-                yield self
+                yield self.look()
         except Timeout:
             raise InvalidInput(
                 f"{self.path}: another process is running here; wait for it or give another --out"
             ) from None
+
+    def look(self) -> RunFolder:
+        """Read the record, if there is one."""
+        if (self.path / RECORD).exists():
+            self.record = read_record(self.path)
+        return self
 
     def save(self) -> None:
         """Write the record in one step."""
@@ -89,11 +93,10 @@ class RunFolder:
 
         What another run's folder, `shared`, holds of the same stage with the same inputs is copied, not made again.
         """
+        if self.has(stage):
+            return False
         stages = self.record.setdefault("stages", {})
         digest = self._input_digest(stage)
-        before = stages.get(stage.name, {"state": "new"})
-        if before["state"] == "done" and (before["inputs"], before["outputs"]) == (digest, self._output_digests(stage)):
-            return False
         stages[stage.name] = {"state": "running", "inputs": digest}
         self.save()
         new = self.path / f".new-{stage.name}"
@@ -122,8 +125,15 @@ class RunFolder:
         self.save()
         return True
 
+    def has(self, stage: Stage) -> bool:
+        """Whether a stage is done with these inputs, and its outputs are what it wrote."""
+        made = self.record.get("stages", {}).get(stage.name, {"state": "new"})
+        if made["state"] != "done":
+            return False
+        return (made["inputs"], made["outputs"]) == (self._input_digest(stage), self._output_digests(stage))
+
     def _input_digest(self, stage: Stage) -> str:
-        stages = self.record["stages"]
+        stages = self.record.get("stages", {})
         needs = {name: stages[name]["outputs"] for name in stage.needs}
         inputs = {"settings": stage.settings, "versions": stage.versions, "needs": needs}
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,133 @@
+"""The scales of features: what one format for all inputs cannot tell apart, and their normalization."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hmq_fpga.ir.errors import InvalidInput
+from hmq_fpga.ir.fixed import Fixed
+from hmq_fpga.search.quantizers import THRESHOLDS, least_threshold_log2
+from hmq_fpga.search.train import Shape, separated
+from hmq_fpga.study.data import Array, Dataset
+from hmq_fpga.study.run.stages import write_json
+
+NORMALIZATION = "normalization.json"
+NAMED = 3  # features in an error
+LEAST_BITS = 8  # fewer may well lose the faint pixels of an image, which is no fault of the data
+Shapes = Sequence[Shape]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Normalization:
+    """`(x - mean) / deviation`, of each feature of flat samples, of each channel of others.
+
+    Attributes:
+        mean, deviation: float64, `(features,)` or `(channels, 1, …)`; of several inputs as they stand in a row.
+    """
+
+    mean: Array
+    deviation: Array
+
+    @classmethod
+    def of(cls, x: Array, shapes: Shapes = ()) -> Normalization:
+        """Mean and standard deviation of samples `(n, *shape)`, channels first; what never varies is only shifted.
+
+        Several inputs of these `shapes` stand in a row; see `Dataset`.
+        """
+        if shapes:
+            parts = [cls.of(part) for part in _separated(x, shapes)]
+            rows = [
+                [np.broadcast_to(np.moveaxis(value, 0, -1), (*shape[1:], shape[0])).ravel() for value in values]
+                for shape, values in zip(shapes, ((part.mean, part.deviation) for part in parts), strict=True)
+            ]
+            mean, deviation = (np.concatenate(values) for values in zip(*rows, strict=True))
+            return cls(mean=mean, deviation=deviation)
+        axes = _all_but_channels(x)
+        lo, hi = x.min(axes, keepdims=True)[0], x.max(axes, keepdims=True)[0]
+        mean, deviation = (f(x, axis=axes, dtype=np.float64, keepdims=True)[0] for f in (np.mean, np.std))
+        return cls(mean=np.where(lo < hi, mean, lo), deviation=np.where(lo < hi, deviation, 1.0))
+
+    def __call__(self, x: Array) -> Array:
+        """Samples `(n, *shape)`, normalized in float64 and rounded to float32."""
+        normalized: Array = ((x - self.mean) / self.deviation).astype(np.float32)
+        return normalized
+
+    def apply(self, dataset: Dataset) -> Dataset:
+        """A data set with the samples of all its splits normalized.
+
+        Raises:
+            InvalidInput: when its samples have another shape.
+        """
+        if len(self.mean) != dataset.x_test.shape[1] or self.mean.ndim != dataset.x_test.ndim - 1:
+            raise InvalidInput(
+                f"samples have the shape {dataset.x_test.shape[1:]}, those normalized before had another"
+            )
+        return replace(dataset, x_train=self(dataset.x_train), x_val=self(dataset.x_val), x_test=self(dataset.x_test))
+
+    def save(self, folder: Path) -> None:
+        """Write `normalization.json`; its decimal numbers are exactly these."""
+        told = {"mean": self.mean.tolist(), "deviation": self.deviation.tolist()}
+        write_json(
+            folder / NORMALIZATION, {"note": "the hardware takes (x - mean) / deviation, channels first", **told}
+        )
+
+    @classmethod
+    def load(cls, folder: Path) -> Normalization:
+        """What `save` wrote.
+
+        Raises:
+            InvalidInput: when it is missing or damaged.
+        """
+        try:
+            told = json.loads((folder / NORMALIZATION).read_text())
+            return cls(**{name: np.array(told[name], np.float64) for name in ("mean", "deviation")})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise InvalidInput(f"{folder / NORMALIZATION}: cannot be read: {error}; run again") from error
+
+
+def check_scales(x: Array, *, bits: int, shapes: Shapes = ()) -> None:
+    """Raise `InvalidInput` where no format of so many bits would let each feature of training samples still vary.
+
+    Of images and sequences a feature is a channel. Several inputs of these `shapes` stand in a row; see `Dataset`.
+    """
+    bits = max(bits, LEAST_BITS)
+    inputs = _separated(x, shapes) if shapes else [x]
+    lo, hi = (np.concatenate([f(part, axis=_all_but_channels(part)) for part in inputs]) for f in (np.min, np.max))
+    names = [
+        f"{'feature' if part.ndim == 2 else 'channel'} {i}{f' of input {number}' if shapes else ''}"
+        for number, part in enumerate(inputs)
+        for i in range(part.shape[1])
+    ]
+    top = least_threshold_log2(float(max(abs(lo.min()), abs(hi.max()))))
+    formats = [
+        Fixed.from_threshold(signed=bool(lo.min() < 0), bits=bits, threshold_log2=top - k) for k in range(THRESHOLDS)
+    ]
+    constant = [(lo < hi) & (f.encode(lo) == f.encode(hi)) for f in formats]
+    lost = np.flatnonzero(min(constant, key=np.count_nonzero))
+    if not lost.size:
+        return
+    largest = int(np.argmax(np.maximum(abs(lo), abs(hi))))
+
+    def named(features: Iterable[int]) -> str:
+        return ", ".join(f"{names[i]} ({lo[i]:.4g} … {hi[i]:.4g})" for i in features)
+
+    more = f" and {lost.size - NAMED} more" if lost.size > NAMED else ""
+    raise InvalidInput(
+        f"inputs: {named(lost[:NAMED])}{more} would not vary in any {bits}-bit format of the input beside "
+        f"{named([largest])}: add --normalize, or scale or leave out what differs"
+    )
+
+
+def _separated(x: Array, shapes: Shapes) -> list[Array]:
+    """Several inputs, channels first, from what stands in a row."""
+    return [part.numpy() for part in separated(torch.from_numpy(x), shapes)]
+
+
+def _all_but_channels(x: Array) -> tuple[int, ...]:
+    return (0, *range(2, x.ndim))
