@@ -298,6 +298,18 @@ def tasks(as_json: bool) -> int:
     return 0
 
 
+@app.command(epilog="Example: hmq-fpga layers")
+@as_json
+def layers(as_json: bool) -> int:
+    """List what becomes of PyTorch's operations, by the names that torch.export has for them."""
+    from hmq_fpga.search.reading.operations import supported
+    from hmq_fpga.study.monitor import table
+
+    listing = supported()
+    _print(listing, as_json, lambda: table(("operation", "becomes"), listing.items()))
+    return 0
+
+
 @app.command(epilog="Example: hmq-fpga doctor")
 @as_json
 def doctor(as_json: bool) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import readme_table
 from tests.outside import needs_qkeras
 
 ROOT = Path(__file__).parents[1]
@@ -51,3 +52,8 @@ def test_config_file(tmp_path):
 def test_links_lead_somewhere(page):
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()) if not link.startswith("http")]
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_table_of_operations_is_the_one_that_reads_them():
+    """Else run `python -m tests.readme_table`."""
+    assert readme_table.PLACE.search(README.read_text()).group() == readme_table.table()

@@ -12,8 +12,8 @@ import torch
 
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Fixed
+from hmq_fpga.search.layers import Shape, parted
 from hmq_fpga.search.quantizers import THRESHOLDS, least_threshold_log2
-from hmq_fpga.search.train import Shape, separated
 from hmq_fpga.study.data import Array, Dataset
 from hmq_fpga.study.run.stages import write_json
 
@@ -41,7 +41,7 @@ class Normalization:
         Several inputs of these `shapes` stand in a row; see `Dataset`.
         """
         if shapes:
-            parts = [cls.of(part) for part in _separated(x, shapes)]
+            parts = [cls.of(part) for part in _parted(x, shapes)]
             rows = [
                 [np.broadcast_to(np.moveaxis(value, 0, -1), (*shape[1:], shape[0])).ravel() for value in values]
                 for shape, values in zip(shapes, ((part.mean, part.deviation) for part in parts), strict=True)
@@ -97,7 +97,7 @@ def check_scales(x: Array, *, bits: int, shapes: Shapes = ()) -> None:
     Of images and sequences a feature is a channel. Several inputs of these `shapes` stand in a row; see `Dataset`.
     """
     bits = max(bits, LEAST_BITS)
-    inputs = _separated(x, shapes) if shapes else [x]
+    inputs = _parted(x, shapes) if shapes else [x]
     lo, hi = (np.concatenate([f(part, axis=_all_but_channels(part)) for part in inputs]) for f in (np.min, np.max))
     names = [
         f"{'feature' if part.ndim == 2 else 'channel'} {i}{f' of input {number}' if shapes else ''}"
@@ -124,9 +124,9 @@ def check_scales(x: Array, *, bits: int, shapes: Shapes = ()) -> None:
     )
 
 
-def _separated(x: Array, shapes: Shapes) -> list[Array]:
+def _parted(x: Array, shapes: Shapes) -> list[Array]:
     """Several inputs, channels first, from what stands in a row."""
-    return [part.numpy() for part in separated(torch.from_numpy(x), shapes)]
+    return [part.numpy() for part in parted(torch.from_numpy(x), shapes)]
 
 
 def _all_but_channels(x: Array) -> tuple[int, ...]:

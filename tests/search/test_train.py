@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from hmq_fpga.search.instrument import instrument
 from torch import nn
 
 from hmq_fpga.search.methods import find_scheme
+from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.target import Target
 from hmq_fpga.search.train import Budget, Task, accuracy, evaluate, finetune, finished, fit, output_of, predict
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hmq_fpga.search.instrument import instrument
 
 from hmq_fpga.deploy.hls.project import HlsProject
 from hmq_fpga.ir import reference
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.network import QNet
 from hmq_fpga.ir.scheme import Scheme
+from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.train import ignore
 from hmq_fpga.study.run import pipeline
 from hmq_fpga.study.run.config import make_config

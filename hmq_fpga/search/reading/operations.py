@@ -34,7 +34,7 @@ from hmq_fpga.search.layers import (
 from hmq_fpga.search.reading.reader import Finished, Read, Reader, Value, require_constant
 
 TABLE: dict[str, Read] = {}
-ABOUT: dict[str, str] = {}  # what each entry says of itself to users
+_ABOUT: dict[str, str] = {}  # what is said to users of the operations of an entry
 
 MOVES = frozenset(
     [
@@ -50,11 +50,13 @@ MOVES = frozenset(
 )
 
 
-def _entry(*names: str, about: str = "") -> Callable[[Read], Read]:
+def _entry(*names: str, about: str) -> Callable[[Read], Read]:
+    """Register a reader of operations, by default of the one whose name it has; `about`: what becomes of them."""
+
     def register(read: Read) -> Read:
-        for name in names or (read.__name__.strip("_"),):
-            TABLE[name] = read
-            ABOUT[name] = about
+        own = names or (read.__name__.strip("_"),)
+        TABLE.update(dict.fromkeys(own, read))
+        _ABOUT[" ".join(f"`{name}`" for name in own if not name.startswith("_"))] = about
         return read
 
     return register
@@ -63,19 +65,19 @@ def _entry(*names: str, about: str = "") -> Callable[[Read], Read]:
 # --- nothing to do in evaluation -------------------------------------------------------------------------------------
 
 
-@_entry("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", about="removed")
+@_entry("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", about="left out, in evaluation")
 def _dropout(r: Reader, x: Value, train: bool, p: float) -> Value:  # noqa: ARG001
     if train:
         raise UnsupportedLayer("acts in evaluation too; give it training=self.training")
     return r.nothing(x)
 
 
-@_entry("contiguous", "clone", "detach", "alias", "lift_fresh_copy", "identity", "resolve_conj", about="removed")
+@_entry("contiguous", "clone", "detach", "alias", "lift_fresh_copy", "identity", "resolve_conj", about="left out")
 def _same(r: Reader, x: Value, memory_format: Any = None) -> Value:  # noqa: ARG001
     return r.nothing(x)
 
 
-@_entry("to", "_to_copy", "type_as", "float", "double", "half", about="between float types; removed")
+@_entry("to", "_to_copy", "type_as", "float", "double", "half", about="left out between float types")
 def _converted(r: Reader, x: Value, dtype: torch.dtype | None = None, other: Any = None, **_ignored: Any) -> Value:  # noqa: ARG001
     if dtype is not None and not dtype.is_floating_point:
         raise UnsupportedLayer(f"makes {str(dtype).removeprefix('torch.')} of its values; hardware rounds by itself")
@@ -99,13 +101,13 @@ def _own(r: Reader, layer: Any, weight: Tensor, bias: Tensor | None) -> None:
     layer.bias = nn.Parameter(torch.zeros(outputs)) if bias is None else r.parameter(bias)
 
 
-@_entry(about="over the last dimension")
+@_entry(about="a dense layer over the last dimension, with a learned weight format and exact accumulators")
 def _linear(r: Reader, x: Value, weight: Any, bias: Any = None) -> Value:
     bias = bias if bias is None else require_constant(bias, "bias")
     return _linear_layer(r, x, require_constant(weight, "weight"), bias)
 
 
-@_entry("matmul", "mm", "bmm", "mv", about="by a constant matrix, from either side")
+@_entry("matmul", "mm", "bmm", "mv", about="a dense layer, where one of the two is a constant matrix")
 def _matmul(r: Reader, x: Any, other: Any = None, mat2: Any = None, vec: Any = None) -> Value:
     other = next(v for v in (other, mat2, vec) if v is not None)
     if not isinstance(x, Value):  # constant @ value: over the last dimension but one
@@ -130,14 +132,14 @@ def _turned(r: Reader, matrix: Tensor) -> Tensor:
     return r.derived(matrix, "T", lambda: matrix.T.contiguous())
 
 
-@_entry(about="of a constant matrix")
+@_entry(about="a dense layer, of a constant matrix")
 def _addmm(r: Reader, x: Any, mat1: Any, mat2: Any) -> Value:
     if isinstance(mat1, Value) and not isinstance(mat2, Value) and not isinstance(x, Value):
         return _linear_layer(r, mat1, _turned(r, mat2), x.expand(mat2.shape[1]))
     raise UnsupportedLayer("is supported as constant + value @ constant")
 
 
-@_entry(about="with one constant, summed over dimensions that only the two share")
+@_entry(about="a dense layer: of a value and a constant, summed over what both share")
 def _einsum(r: Reader, equation: str, tensors: Sequence[Any]) -> Value:
     read, _, made = equation.replace(" ", "").partition("->")
     terms = read.split(",")
@@ -167,7 +169,7 @@ def _einsum(r: Reader, equation: str, tensors: Sequence[Any]) -> Value:
     )
 
 
-@_entry(about="of two values")
+@_entry(about="exact products of two values, and a dense layer over them")
 def _bilinear(r: Reader, input1: Any, input2: Any, weight: Any, bias: Any = None) -> Value:
     if not (isinstance(input1, Value) and isinstance(input2, Value)):
         raise UnsupportedLayer("is supported where both tensors depend on the input")
@@ -179,7 +181,9 @@ def _bilinear(r: Reader, input1: Any, input2: Any, weight: Any, bias: Any = None
     return _linear_layer(r, product, weight.reshape(outputs, -1), bias)
 
 
-@_entry("conv1d", "conv2d", about="any stride, padding, dilation and groups")
+@_entry(
+    "conv1d", "conv2d", about="a convolution; any stride, zero padding, dilation and groups, depthwise ones as such"
+)
 def _conv(r: Reader, x: Value, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int) -> Value:
     weight = require_constant(weight, "weight")
     dims = weight.ndim - 2
@@ -197,7 +201,11 @@ def _conv(r: Reader, x: Value, weight: Any, bias: Any, stride: Any, padding: Any
     return r.layer(layer, x)
 
 
-@_entry("conv_transpose1d", "conv_transpose2d", about="any stride, padding, dilation and groups")
+@_entry(
+    "conv_transpose1d",
+    "conv_transpose2d",
+    about="a convolution with zeros between the values that it reads; all settings",
+)
 def _conv_transpose(
     r: Reader,
     x: Value,
@@ -223,7 +231,9 @@ def _conv_transpose(
 # --- constants -------------------------------------------------------------------------------------------------------
 
 
-@_entry(about="folded into a neighbour where that is exact, else a scale and a shift per channel")
+@_entry(
+    about=("folded into the layer before or after where that is exact, else a scale and an exact shift per channel")
+)
 def _batch_norm(
     r: Reader,
     x: Value,
@@ -267,7 +277,7 @@ def _merged(r: Reader, layer: nn.Module, x: Value, other: Value) -> Value:
     return r.layer(layer, *both)
 
 
-@_entry(about="of two values, or of a value and a constant")
+@_entry(about="an exact sum; of a constant: folded as a BatchNorm is")
 def _add(r: Reader, x: Any, other: Any, alpha: Any = 1) -> Value:
     if isinstance(x, Value) and isinstance(other, Value):
         if alpha != 1:
@@ -276,7 +286,7 @@ def _add(r: Reader, x: Any, other: Any, alpha: Any = 1) -> Value:
     return _scaled(r, x, 1, alpha * other) if isinstance(x, Value) else _scaled(r, other, alpha, x)
 
 
-@_entry("sub", "subtract", about="of two values, or of a value and a constant")
+@_entry("sub", "subtract", about="an exact difference; of a constant: folded as a BatchNorm is")
 def _sub(r: Reader, x: Any, other: Any, alpha: Any = 1) -> Value:
     if isinstance(x, Value) and isinstance(other, Value):
         if alpha != 1:
@@ -285,19 +295,19 @@ def _sub(r: Reader, x: Any, other: Any, alpha: Any = 1) -> Value:
     return _scaled(r, x, 1, -alpha * other) if isinstance(x, Value) else _scaled(r, other, -alpha, x)
 
 
-@_entry(about="of a constant and a value")
+@_entry(about="an exact difference; of a constant: folded as a BatchNorm is")
 def _rsub(r: Reader, x: Any, other: Any, alpha: Any = 1) -> Value:
     return _sub(r, other, x, alpha)  # type: ignore[no-any-return]
 
 
-@_entry("mul", "multiply", about="of two values, or of a value and a constant")
+@_entry("mul", "multiply", about="an exact product; of a constant: folded as a BatchNorm is")
 def _mul(r: Reader, x: Any, other: Any) -> Value:
     if isinstance(x, Value) and isinstance(other, Value):
         return _merged(r, Multiply(), x, other)
     return _scaled(r, x, other, 0) if isinstance(x, Value) else _scaled(r, other, x, 0)
 
 
-@_entry("div", "divide", "true_divide", about="by a constant")
+@_entry("div", "divide", "true_divide", about="by a constant: folded as a BatchNorm is")
 def _div(r: Reader, x: Any, other: Any, rounding_mode: Any = None) -> Value:
     if isinstance(other, Value) or rounding_mode is not None:
         raise UnsupportedLayer(
@@ -306,17 +316,17 @@ def _div(r: Reader, x: Any, other: Any, rounding_mode: Any = None) -> Value:
     return _scaled(r, x, 1 / torch.as_tensor(other, dtype=torch.float64), 0)
 
 
-@_entry("neg", "negative", about="")
+@_entry("neg", "negative", about="folded as a BatchNorm is")
 def _neg(r: Reader, x: Value) -> Value:
     return _scaled(r, x, -1, 0)
 
 
-@_entry("square", about="as a product of the value with itself")
+@_entry("square", about="an exact product of the value with itself")
 def _square(r: Reader, x: Value) -> Value:
     return r.layer(Multiply(), x, x)
 
 
-@_entry("pow", about="by a constant: 2 as a product, others as a table")
+@_entry("pow", about="to a constant: 2 is an exact product, others are a table")
 def _pow(r: Reader, x: Any, exponent: Any) -> Value:
     if not isinstance(x, Value) or isinstance(exponent, Value):
         raise UnsupportedLayer("is supported for a constant exponent")
@@ -331,7 +341,7 @@ def _pow(r: Reader, x: Any, exponent: Any) -> Value:
 # --- several values --------------------------------------------------------------------------------------------------
 
 
-@_entry("maximum", "max", about="of two values, by a constant, or over dimensions")
+@_entry("maximum", "max", about="exact, of two values or over dimensions; of a constant: as `clamp`")
 def _maximum(r: Reader, x: Any, other: Any = None, dim: Any = None, keepdim: bool = False) -> Any:
     if other is None:
         return (_reduced(r, x, dim, keepdim, _largest), None)
@@ -340,7 +350,7 @@ def _maximum(r: Reader, x: Any, other: Any = None, dim: Any = None, keepdim: boo
     return _clamp(r, x, min=_scalar(other)) if isinstance(x, Value) else _clamp(r, other, min=_scalar(x))
 
 
-@_entry("minimum", "min", about="of two values, or by a constant")
+@_entry("minimum", "min", about="exact, of two values; of a constant: as `clamp`")
 def _minimum(r: Reader, x: Any, other: Any = None) -> Value:
     if other is None:
         raise UnsupportedLayer("over dimensions is not supported; take the maximum of the negative values")
@@ -356,7 +366,9 @@ def _scalar(constant: Any) -> float:
     return float(values[0])
 
 
-@_entry("cat", "concat", "concatenate", about="of any number of values, along any dimension")
+@_entry(
+    "cat", "concat", "concatenate", about="of any number of values, along any dimension, on the finest of their grids"
+)
 def _cat(r: Reader, tensors: Sequence[Any], dim: int = 0) -> Value:
     values = [v for v in tensors if not (isinstance(v, Tensor) and not v.numel())]
     if not all(isinstance(v, Value) for v in values):
@@ -367,7 +379,7 @@ def _cat(r: Reader, tensors: Sequence[Any], dim: int = 0) -> Value:
     return values[0] if len(values) == 1 else r.layer(Concat(axis - 1), *values)
 
 
-@_entry(about="of any number of values, along any dimension")
+@_entry(about="as `cat`")
 def _stack(r: Reader, tensors: Sequence[Any], dim: int = 0) -> Value:
     if not all(isinstance(v, Value) for v in tensors):
         raise UnsupportedLayer("joins a constant to values; only values are supported")
@@ -378,12 +390,20 @@ def _stack(r: Reader, tensors: Sequence[Any], dim: int = 0) -> Value:
 # --- functions of one value ------------------------------------------------------------------------------------------
 
 
-@_entry(about="")
+@_entry(about="the learned format, which is unsigned")
 def _relu(r: Reader, x: Value) -> Value:
     return r.layer(Activation(relu=True), x)
 
 
-@_entry("clamp", "clip", about="from 0 or -c to c it is a quantizer's clip, else a table")
+@_entry(
+    "clamp",
+    "clip",
+    about=(
+        "from 0 or -c to c the saturation of the format: where c is no power of two, the weights before "
+        "and after it are scaled so that it becomes one (where they cannot be, it clips at the next "
+        "power of two, and the notes say so); others are a table"
+    ),
+)
 def _clamp(r: Reader, x: Value, min: Any = None, max: Any = None) -> Value:
     low = None if min is None else _scalar(min)
     high = None if max is None else _scalar(max)
@@ -402,27 +422,27 @@ class Clip(nn.Module):
         self.relu, self.high = relu, high
 
 
-@_entry("clamp_min", about="at 0 it is a ReLU, else a table")
+@_entry("clamp_min", about="as `clamp`")
 def _clamp_min(r: Reader, x: Value, min: Any) -> Value:
     return _clamp(r, x, min=min)  # type: ignore[no-any-return]
 
 
-@_entry("clamp_max", about="a table")
+@_entry("clamp_max", about="as `clamp`")
 def _clamp_max(r: Reader, x: Value, max: Any) -> Value:
     return _clamp(r, x, max=max)  # type: ignore[no-any-return]
 
 
-@_entry("hardtanh", about="from 0 or -c to c it is a quantizer's clip, else a table")
+@_entry("hardtanh", about="as `clamp`")
 def _hardtanh(r: Reader, x: Value, min_val: float = -1.0, max_val: float = 1.0) -> Value:
     return _clamp(r, x, min=min_val, max=max_val)  # type: ignore[no-any-return]
 
 
-@_entry(about="a quantizer's clip")
+@_entry(about="as `clamp`")
 def _relu6(r: Reader, x: Value) -> Value:
     return _clamp(r, x, min=0.0, max=6.0)  # type: ignore[no-any-return]
 
 
-@_entry("leaky_relu", about="exact for a power of two, else a table")
+@_entry("leaky_relu", about="exact for a slope 2^-k, else a table")
 def _leaky(r: Reader, x: Value, negative_slope: float = 0.01) -> Value:
     mantissa, exponent = math.frexp(negative_slope)
     if mantissa == 0.5 and -15 <= exponent <= 1:
@@ -431,7 +451,7 @@ def _leaky(r: Reader, x: Value, negative_slope: float = 0.01) -> Value:
     return r.layer(Function("leaky_relu", leaky), x)
 
 
-@_entry(about="one slope for all: as LeakyReLU; slopes per channel: a scale of the negative part")
+@_entry(about="as `leaky_relu`; with slopes per channel a scale of the negative part, added to the positive one")
 def _prelu(r: Reader, x: Value, weight: Any) -> Value:
     slopes = require_constant(weight, "weight").flatten()
     r.draft.notes.append(f"{r.label.path}: its slopes stay as they are, search and fine-tuning do not change them")
@@ -463,7 +483,13 @@ _FUNCTIONS = (
 _FINAL = ("sigmoid", "tanh", "log_sigmoid")
 
 
-@_entry(*_FUNCTIONS, about="a table of the quantized value, of at most 12 bits")
+@_entry(
+    *_FUNCTIONS,
+    about=(
+        "a table from each code of a value of at most 12 bits to a code of the learned format; a final "
+        "sigmoid or tanh is left out"
+    ),
+)
 def _function(r: Reader, x: Value, **_numbers: Any) -> Any:
     """Any function of one value: its other arguments are numbers."""
     name, function = r.function()
@@ -473,7 +499,12 @@ def _function(r: Reader, x: Value, **_numbers: Any) -> Any:
 
 
 @_entry(
-    "softmax", "log_softmax", "_softmax", "_log_softmax", "argmax", about="at the very end only, where it is removed"
+    "softmax",
+    "log_softmax",
+    "_softmax",
+    "_log_softmax",
+    "argmax",
+    about="at the very end only, where it is left out: the hardware gives the values before it",
 )
 def _softmax(r: Reader, x: Value, dim: Any = None, half_to_float: bool = False, keepdim: bool = False) -> Finished:  # noqa: ARG001
     if not r.is_last:
@@ -484,7 +515,7 @@ def _softmax(r: Reader, x: Value, dim: Any = None, half_to_float: bool = False, 
 # --- windows and sums ------------------------------------------------------------------------------------------------
 
 
-@_entry("max_pool1d", "max_pool2d", about="with padding and ceil_mode, without dilation")
+@_entry("max_pool1d", "max_pool2d", about="exact, with padding and ceil_mode")
 def _max_pool(
     r: Reader,
     x: Value,
@@ -505,7 +536,7 @@ def _max_pool(
     return r.layer(MaxPool(window, steps, sides), x)
 
 
-@_entry("max_pool1d_with_indices", "max_pool2d_with_indices", about="without the indices")
+@_entry("max_pool1d_with_indices", "max_pool2d_with_indices", about="exact, without the indices")
 def _max_pool_with_indices(
     r: Reader, x: Value, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
 ) -> Any:
@@ -518,7 +549,14 @@ def _no_indices(r: Reader) -> None:
         raise UnsupportedLayer("max pooling is supported with return_indices=False")
 
 
-@_entry("avg_pool1d", "avg_pool2d", about="padding counted in the mean; ceil_mode where it changes nothing")
+@_entry(
+    "avg_pool1d",
+    "avg_pool2d",
+    about=(
+        "exact sums; where a window does not hold a power of two of values, the nearest weights take the "
+        "rest of the divisor; padding is counted"
+    ),
+)
 def _avg_pool(
     r: Reader,
     x: Value,
@@ -547,13 +585,13 @@ def _avg_pool(
     return r.layer(AvgPool(window, steps), x)
 
 
-@_entry("adaptive_avg_pool1d", "adaptive_avg_pool2d", about="to sizes that divide")
+@_entry("adaptive_avg_pool1d", "adaptive_avg_pool2d", about="as `avg_pool2d`, to sizes that divide")
 def _adaptive_avg_pool(r: Reader, x: Value, output_size: Any) -> Value:  # noqa: ARG001
     window = _adaptive_window(r, x, r.shape)
     return r.layer(AvgPool(window, window), x)
 
 
-@_entry("adaptive_max_pool1d", "adaptive_max_pool2d", about="to sizes that divide")
+@_entry("adaptive_max_pool1d", "adaptive_max_pool2d", about="exact, to sizes that divide")
 def _adaptive_max_pool(r: Reader, x: Value, output_size: Any) -> Any:
     _no_indices(r)
     made = (x.shape[0], *_each(output_size, len(x.shape) - 1))
@@ -607,7 +645,7 @@ def _without(full: Shape, dims: Sequence[int], keepdim: bool) -> Shape:
     return tuple(1 if d in dims else n for d, n in enumerate(full) if d and (keepdim or d not in dims))
 
 
-@_entry(about="over any dimensions but the batch's")
+@_entry(about="over any dimensions but the batch's, as `avg_pool2d`")
 def _mean(r: Reader, x: Value, dim: Any = None, keepdim: bool = False) -> Value:
     return _reduced(r, x, dim, keepdim, _mean_of)
 
@@ -625,7 +663,7 @@ def _amax(r: Reader, x: Value, dim: Any = None, keepdim: bool = False) -> Value:
 # --- sizes -----------------------------------------------------------------------------------------------------------
 
 
-@_entry("pad", "constant_pad_nd", "zero_pad", about="by zeros, or by values of the edge")
+@_entry("pad", "constant_pad_nd", "zero_pad", about="of zeros, or of values of the edge")
 def _pad(r: Reader, x: Value, pad: Sequence[int], mode: str = "constant", value: Any = None) -> Value:
     dims, sides = len(x.shape) - 1, list(zip(pad[::2], pad[1::2], strict=True))[::-1]
     if mode == "constant" and value:
@@ -635,7 +673,7 @@ def _pad(r: Reader, x: Value, pad: Sequence[int], mode: str = "constant", value:
     return r.moved(x, lambda i: nn.functional.pad(i, list(pad), mode))  # type: ignore[no-any-return]
 
 
-@_entry("upsample_nearest1d", "upsample_nearest2d", about="by any factor")
+@_entry("upsample_nearest1d", "upsample_nearest2d", about="values repeated, by any factor")
 def _upsample(r: Reader, x: Value, **_sizes: Any) -> Value:
     before, after = x.shape[1:], r.shape[1:]
     if any(m % n for n, m in zip(before, after, strict=True)):
@@ -643,7 +681,7 @@ def _upsample(r: Reader, x: Value, **_sizes: Any) -> Value:
     return r.layer(Upsample(tuple(m // n for n, m in zip(before, after, strict=True))), x)
 
 
-@_entry("upsample_linear1d", "upsample_bilinear2d", about="by powers of two, align_corners=False")
+@_entry("upsample_linear1d", "upsample_bilinear2d", about="exact, by powers of two with align_corners=False")
 def _upsample_linear(r: Reader, x: Value, align_corners: bool, **_sizes: Any) -> Value:
     before, after = x.shape[1:], r.shape[1:]
     factors = [m // n if m % n == 0 else 0 for n, m in zip(before, after, strict=True)]
@@ -692,3 +730,14 @@ _refused(
     reason="works on three dimensions; one or two are supported",
 )
 _refused("scaled_dot_product_attention", reason="multiplies two matrices that both depend on the input")
+
+
+def supported() -> dict[str, str]:
+    """What becomes of each operation, by the names of those that share an entry."""
+    refused = {name for name, read in TABLE.items() if read.__name__ == "refuse"}
+    moves = " ".join(f"`{name}`" for name in sorted(MOVES))
+    return {
+        **_ABOUT,
+        moves: "values of one sample at other places: no arithmetic and no logic, flattening goes into the weights",
+        " ".join(f"`{name}`" for name in sorted(refused)): "refused",
+    }
