@@ -319,26 +319,18 @@ def test_a_tensor_that_is_a_copy_is_its_sources_variable(io_type, samples, tmp_p
         assert_array_equal(codes, expected[op], op)
 
 
-def _put_out(builder, *names):
-    return QNet(tuple(builder.ops), names)
-
-
 @pytest.mark.parametrize("io_type", ["io_parallel", "io_stream"])
-def test_a_flattened_output_is_exact_and_a_tensor_has_one_port(io_type, samples, tmp_path):
+def test_a_flattened_output_is_exact_and_every_output_has_its_port(io_type, samples, tmp_path):
     image = Builder((3, 2), scheme(signed=True, bits=4, m=1)).conv(
         "conv", (2,), 3, scheme(signed=True, bits=3, m=0), stride=(1,), padding=((0, 0),)
     )
     image.quantize("relu", scheme(signed=False, bits=4, m=1)).flatten().dense("fc", 2, scheme(signed=True, bits=3, m=0))
     image.flatten("flat2", source="relu").identity("flat3", 6, 0)
-    net = _put_out(image, "fc", "flat3")
+    image.quantize("again", scheme(signed=False, bits=4, m=1), source="relu")
+    image.quantize("same", scheme(signed=True, bits=4, m=1), source="input")
+    net = QNet(tuple(image.ops), ("fc", "flat3", "again", "same"))
     project = HlsProject.create(net, tmp_path / "hls", io_type=io_type)
     assert check(net, [project], samples(net)).passed
-    twice = _put_out(image.quantize("copy", scheme(signed=False, bits=4, m=1), source="relu"), "fc", "flat3", "copy")
-    with pytest.raises(InvalidInput, match="op 'copy': hls4ml has no second port for the values of the output 'flat3'"):
-        HlsProject.create(twice, tmp_path / "other", io_type=io_type)
-    format_ = scheme(signed=True, bits=4, m=1)
-    with pytest.raises(InvalidInput, match="op 'copy': hls4ml has no second port for the values of the input"):
-        HlsProject.create(Builder((3,), format_).quantize("copy", format_).net, tmp_path / "other", io_type=io_type)
 
 
 def test_names_that_hls4ml_would_mix_up_are_told_apart(samples, tmp_path):
@@ -350,17 +342,6 @@ def test_names_that_hls4ml_would_mix_up_are_told_apart(samples, tmp_path):
     net.conv("out", (1,), 3, scheme(signed=True, bits=3, m=0), stride=(1,), padding=((0, 0),))
     project = HlsProject.create(net.net, tmp_path / "hls", io_type="io_stream")
     assert check(net.net, [project], samples(net.net)).passed
-
-
-def test_what_streams_compute_wrongly_is_refused(tmp_path):
-    def image():
-        return Builder((4, 4, 1), scheme(signed=False, bits=4, m=0))
-
-    overlapping = image().pool("bad", (2, 2), (1, 1)).net
-    flat = image().conv("bad", (1, 2), 1, scheme(signed=True, bits=4, m=0), stride=(2, 1)).net
-    for net in (overlapping, flat):
-        with pytest.raises(InvalidInput, match=r"op 'bad': hls4ml's io_stream cannot .*: use io_parallel"):
-            HlsProject.create(net, tmp_path / "hls", io_type="io_stream")
 
 
 def test_unknown_options_are_refused(mlp, tmp_path):

@@ -42,25 +42,25 @@ class Library:
     top: str
     ports: Sequence[Shape]
 
-    def call(self, sample: Values, outputs: Sequence[Values]) -> None:
-        """Run the top function on one sample: its input, and where each port's values go."""
-        self.handle[f"{self.top}_double"](*(array.ctypes for array in (sample, *outputs)))
+    def call(self, inputs: Sequence[Values], outputs: Sequence[Values]) -> None:
+        """Run the top function on one sample: its inputs, and where each port's values go."""
+        self.handle[f"{self.top}_double"](*(array.ctypes for array in (*inputs, *outputs)))
 
-    def predict(self, samples: Values) -> list[Values]:
-        """Each port's values `(batch, *shape)` for inputs `(batch, *input shape)`."""
-        values = [np.zeros((len(samples), *shape)) for shape in self.ports]
-        for i, sample in enumerate(samples):
+    def predict(self, inputs: Sequence[Values]) -> list[Values]:
+        """Each port's values `(batch, *shape)` for the inputs, each `(batch, *input shape)`."""
+        values = [np.zeros((len(inputs[0]), *shape)) for shape in self.ports]
+        for i, sample in enumerate(zip(*inputs, strict=True)):
             self.call(sample, [value[i] for value in values])
         return values
 
-    def trace(self, samples: Values, tensors: Sequence[Tensor]) -> dict[str, Values]:
+    def trace(self, inputs: Sequence[Values], tensors: Sequence[Tensor]) -> dict[str, Values]:
         """The values of tensors by op name, each `(batch, *shape)`; they are those that `add_hooks` was given."""
         observed = {t.op: t for t in tensors}
-        values = {t.op: np.zeros((len(samples), *t.shape)) for t in tensors}
+        values = {t.op: np.zeros((len(inputs[0]), *t.shape)) for t in tensors}
         outputs = [np.zeros(shape) for shape in self.ports]
         storage = (_TraceData * len(observed))()
         self.handle.allocate_trace_storage(ctypes.c_size_t(8))
-        for i, sample in enumerate(samples):
+        for i, sample in enumerate(zip(*inputs, strict=True)):
             self.call(sample, outputs)
             self.handle.collect_trace_output(storage)
             for entry in storage:
@@ -71,14 +71,14 @@ class Library:
         return values
 
 
-def compile_library(folder: Path, top: str, stamp: str, input_shape: Shape, ports: Sequence[Shape]) -> Library:
+def compile_library(folder: Path, top: str, stamp: str, inputs: Sequence[Shape], ports: Sequence[Shape]) -> Library:
     """Compile a project by its own `build_lib.sh`, load the library and let it read its weights.
 
     Args:
         folder: the project; it may be gone afterwards.
         top: name of the top function.
         stamp: what the script puts into the library's name.
-        input_shape: of one sample.
+        inputs: shapes of the inputs.
         ports: shapes of the outputs.
 
     Raises:
@@ -111,21 +111,21 @@ def compile_library(folder: Path, top: str, stamp: str, input_shape: Shape, port
         library = Library(ctypes.CDLL(str(built)), top, ports)
     library.handle[f"{top}_double"].restype = None
     with _no_leftovers():  # the weights are read at the first call
-        library.call(np.zeros(input_shape), [np.zeros(shape) for shape in ports])
+        library.call([np.zeros(shape) for shape in inputs], [np.zeros(shape) for shape in ports])
     return library
 
 
-def add_hooks(folder: Path, top: str, tensors: Sequence[Tensor]) -> None:
-    """Let a project save tensors, each after the call that makes it, and the first of them, the input, before all.
+def add_hooks(folder: Path, top: str, tensors: Sequence[Tensor], inputs: Sequence[str]) -> None:
+    """Let a project save tensors, each after the call that makes it, and those of the inputs before all.
 
     Raises:
         InvalidInput: when the files are not those that were written.
     """
     firmware = folder / "firmware" / f"{top}.cpp"
     code, storage = firmware.read_text(), ""
-    for i, tensor in enumerate(tensors):
+    for tensor in tensors:
         size, typedef = int(np.prod(tensor.shape)), tensor.typedefs["result"]
-        made = f", {tensor.variable}" if i else "// hls-fpga-machine-learning insert layers"
+        made = f", {tensor.variable}" if tensor.op not in inputs else "// hls-fpga-machine-learning insert layers"
         end = re.search(rf"{made}\b.*", code)
         if end is None:
             raise InvalidInput(f"{firmware}: no call makes {tensor.variable}: write the project again")

@@ -6,9 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from hmq_fpga.deploy.hls.lower import View, makers
+from hmq_fpga.deploy.hls.types import expected_types, held_format
 from hmq_fpga.ir.errors import InvalidInput, assert_never
+from hmq_fpga.ir.fixed import Codes
 from hmq_fpga.ir.network import QNet
 from hmq_fpga.ir.ops import (
+    MAX_TABLE_BITS,
     Add,
     AvgPool,
     Concat,
@@ -16,16 +20,22 @@ from hmq_fpga.ir.ops import (
     Dense,
     DepthwiseConv,
     Flatten,
+    Gather,
     Input,
     LeakyRelu,
     Linear,
+    Maximum,
     MaxPool,
+    Minimum,
+    Multiply,
     Op,
     Pad,
     Padding,
     Quantize,
     Scale,
     Shape,
+    Subtract,
+    Table,
     Upsample,
 )
 
@@ -53,6 +63,8 @@ ATTRIBUTES = frozenset(
         "filt_height",
         "filt_width",
         "function_cpp",
+        "gather_fill",
+        "gather_index",
         "implementation",
         "in_height",
         "in_width",
@@ -94,6 +106,8 @@ ATTRIBUTES = frozenset(
         "size",
         "stride_height",
         "stride_width",
+        "table",
+        "table_data",
         "table_size",
         "table_t",
         "target_cycles",
@@ -110,44 +124,10 @@ ATTRIBUTES = frozenset(
 _OWN = ("clone_", "repack_", "zp1d_", "zp2d_")  # of the layers that hls4ml adds
 
 
-def is_copy(net: QNet, op: Op) -> bool:
-    """Whether an op leaves every value and its place as they are; hls4ml drops such layers, or their copies cost."""
-    match op:
-        case Quantize():
-            return op.format == net.formats[op.source]
-        case Scale():
-            return bool((op.weight_format.decode(op.weight) == 1).all() and not op.bias.any())
-        case Flatten():
-            return len(net.shapes[op.source]) == 1
-        case _:
-            return False
-
-
-def makers(net: QNet) -> dict[str, str]:
-    """By op, the op whose layer makes its tensor: itself, or what it is a copy of."""
-    found: dict[str, str] = {}
-    for op in net.ops:
-        found[op.name] = found[op.reads[0]] if is_copy(net, op) else op.name
-    return found
-
-
 def ports(net: QNet) -> tuple[str, ...]:
-    """The ops whose layers make the outputs, in their order; a port has no shape, so what a flatten reads will do.
-
-    Raises:
-        InvalidInput: for an output that is the input's tensor, or that of another output.
-    """
+    """The ops of a lowered network whose layers make the outputs, in their order."""
     made_by = makers(net)
-    found: list[str] = []
-    for output in net.outputs:
-        name = made_by[output]
-        while isinstance(op := net[name], Flatten):
-            name = made_by[op.source]
-        if name in found or isinstance(op, Input):
-            kept = "input" if isinstance(op, Input) else f"output {net.outputs[found.index(name)]!r}"
-            raise InvalidInput(f"op {output!r}: hls4ml has no second port for the values of the {kept}: leave it out")
-        found.append(name)
-    return tuple(found)
+    return tuple(made_by[name] for name in net.outputs)
 
 
 def layer_names(net: QNet) -> dict[str, str]:
@@ -167,34 +147,16 @@ def layer_names(net: QNet) -> dict[str, str]:
     return names
 
 
-def _padding_name(names: dict[str, str], op: str) -> str:
-    """Name of the layer of zeros before a convolution."""
-    name = f"{names[op]}_padding"
-    while name.lower() in {other.lower() for other in names.values()}:
-        name = f"op_{name}"
-    return name
-
-
 def layer_list(net: QNet) -> list[Layer]:
-    """hls4ml's layers of a network, the input first; see `ports` for the outputs."""
-    names, made_by, put_out = layer_names(net), makers(net), ports(net)
-    ops = [op for op in net.ops if made_by[op.name] == op.name]
-    read = {made_by[source] for op in ops for source in op.reads}
+    """hls4ml's layers of a lowered network, the inputs first; see `ports` for the outputs."""
+    names, made_by = layer_names(net), makers(net)
     layers: list[Layer] = []
-    for op in ops:
-        if op.name not in read and op.name not in put_out:
-            continue  # a flatten before an output
+    for op in net.ops:
+        if made_by[op.name] != op.name:
+            continue
         inputs = [names[made_by[source]] for source in op.reads]
-        if isinstance(op, Conv | DepthwiseConv) and _is_padded_before(op):
-            shape = net.shapes[op.source]
-            layers.append(_layer(_padding_name(names, op.name), inputs, **_zeros(op.padding, shape)))
-            inputs = [layers[-1]["name"]]
-        layers.append(_layer(names[op.name], inputs, **_fields(net, op)))
+        layers.append({"name": names[op.name], "inputs": inputs, "data_format": "channels_last", **_fields(net, op)})
     return layers
-
-
-def _layer(name: str, inputs: list[str], **fields: Any) -> Layer:
-    return {"name": name, "inputs": inputs, "data_format": "channels_last", **fields}
 
 
 def _fields(net: QNet, op: Op) -> Layer:
@@ -228,10 +190,16 @@ def _fields(net: QNet, op: Op) -> Layer:
             flat = {"in_height": 1, "out_height": 1}  # of one dimension
             kind = f"UpSampling{len(op.factor)}D"
             return {"class_name": kind, "algorithm": "nearest", "n_chan": shape[-1], **flat, **sizes}
-        case Flatten():
+        case Flatten() | View():
             return {"class_name": "Reshape", "target_shape": list(shape)}
-        case Add():
-            return {"class_name": "Merge", "op": "add"}
+        case Gather():
+            return {"class_name": "HmqGather", "gather_index": op.index, "gather_fill": op.fill}
+        case Table():
+            values = op.format.decode(_held_values(net, op))
+            size = {"n_in": int(np.prod(shape)), "table_size": len(values)}
+            return {"class_name": "UnaryLUT", "activation": "unary_lut", "table_data": values, **size}
+        case Add() | Subtract() | Maximum() | Minimum() | Multiply():
+            return {"class_name": "Merge", "op": type(op).__name__.lower()}
         case Concat():
             return {"class_name": "Concatenate", "op": f"concatenate{len(shape)}d", "axis": -1}
         case _:
@@ -246,20 +214,24 @@ def _constants(net: QNet, op: Linear, weight: str) -> Layer:
     return {f"{weight}_data": values, "bias_data": net.bias_format(op).decode(op.bias)}
 
 
+def _held_values(net: QNet, op: Table) -> Codes:
+    """The values of a table by the bits of the variable that it reads, whose width and step may not be its source's."""
+    kind, source = held_format(expected_types(net), op.source), net.formats[op.source]
+    if kind.width > MAX_TABLE_BITS:
+        raise InvalidInput(f"op {op.name!r}: hls4ml has its source in {kind.width} bits: more than a table is for")
+    codes = np.arange(1 << kind.width)
+    if kind.signed:  # the upper half stands for the negative ones
+        codes = np.where(codes > kind.hi, codes - (1 << kind.width), codes)
+    codes = np.clip(codes << source.frac - kind.frac, source.lo, source.hi)
+    values: Codes = op.values[codes - source.lo]
+    return values
+
+
 def _convolution(net: QNet, op: Conv | DepthwiseConv) -> Layer:
     source, shape = net.shapes[op.source], net.shapes[op.name]
-    sizes, padding = source[:-1], op.padding
-    if _is_padded_before(op):
-        sizes = tuple(n + sum(pair) for n, pair in zip(sizes, padding, strict=True))
-        padding = tuple((0, 0) for _ in padding)
     channels = {"n_chan": source[-1], "n_filt": shape[-1]}
     windows = _named("filt_{}", op.kernel) | _named("stride_{}", op.stride)
-    return channels | _named("in_{}", sizes) | _named("out_{}", shape[:-1]) | windows | _pads(padding)
-
-
-def _is_padded_before(op: Conv | DepthwiseConv) -> bool:
-    """Whether zeros take a layer of their own: hls4ml's convolutions of one position put none around."""
-    return bool(np.any(op.padding)) and set(op.kernel) == {1}
+    return channels | _named("in_{}", source[:-1]) | _named("out_{}", shape[:-1]) | windows | _pads(op.padding)
 
 
 def _pool(op: MaxPool | AvgPool, source: Shape, shape: Shape) -> Layer:

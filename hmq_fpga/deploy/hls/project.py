@@ -12,6 +12,7 @@ import copy
 import io
 import json
 import logging
+import math
 import re
 import shutil
 import tempfile
@@ -26,7 +27,8 @@ import numpy.typing as npt
 import yaml
 
 from hmq_fpga.deploy.hls import csim
-from hmq_fpga.deploy.hls.layers import layer_list, layer_names, makers, ports
+from hmq_fpga.deploy.hls.layers import layer_list, layer_names, ports
+from hmq_fpga.deploy.hls.lower import Lowered, View, lowered, makers
 from hmq_fpga.deploy.hls.settings import ADDERS, check_settings
 from hmq_fpga.deploy.hls.types import Tensor, Types, expected_types, inner_roles, precisions, read_types
 from hmq_fpga.deploy.parity import to_codes
@@ -36,7 +38,7 @@ from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.files import check_path, replacing
 from hmq_fpga.ir.fixed import Codes, Fixed
 from hmq_fpga.ir.network import QNet
-from hmq_fpga.ir.ops import Flatten, Linear, Op, Scale, TensorType, joined
+from hmq_fpga.ir.ops import Flatten, Linear, Op, Scale, Shape, TensorType, joined
 
 RECORD = "hmq_fpga.json"
 _CONSTANTS = ("weight", "bias")
@@ -51,7 +53,8 @@ class HlsProject:
         folder: the project.
         top: name of the top function and of the files.
         digest: of the network that it was made from.
-        tensors: in network order, the input first.
+        tensors: in network order, the inputs first.
+        inputs: ops whose tensors the top function takes, in the order of its arguments.
         outputs: ops whose tensors the top function puts out, in the order of its arguments.
         reuse_factors: of the layers with weights; hls4ml takes the nearest that divides a layer's work.
     """
@@ -60,6 +63,7 @@ class HlsProject:
     top: str
     digest: str
     tensors: tuple[Tensor, ...]
+    inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     reuse_factors: Mapping[str, int]
     name: ClassVar[str] = "csim"
@@ -117,18 +121,21 @@ class HlsProject:
         check_path(folder)
         check_settings(net, hardware)
         GXX.require()
+        made = lowered(net, hardware.io_type)
         with replacing(folder) as new:
-            graph = _convert(net, hardware, new, project_name)
+            graph = _convert(made.net, hardware, new, project_name)
+            held = _tensors(made.net, graph)
             project = cls(
                 folder=new,
                 top=project_name,
                 digest=net.digest,
-                tensors=_tensors(net, graph),
+                tensors=_held(net, made, held),
+                inputs=tuple(op.name for op in net.inputs),
                 outputs=net.outputs,
-                reuse_factors=_reuse_factors(net, graph, hardware.layers),
+                reuse_factors=_reuse_factors(made.net, graph, hardware.layers),
             )
             _write(graph, project)
-            _compare(expected_types(net), project.types())
+            _compare(expected_types(made.net), replace(project, tensors=tuple(held.values())).types())
         return replace(project, folder=folder)
 
     @classmethod
@@ -144,12 +151,14 @@ class HlsProject:
                 Tensor(**{**t, "shape": tuple(t["shape"]), "format": Fixed.from_json(t["format"])})
                 for t in data["tensors"]
             )
+            inputs = tuple(data.get("inputs", [tensors[0].op]))
             outputs = tuple(data.get("outputs", [tensors[-1].op]))
             return cls(
                 folder=folder,
                 top=data["top"],
                 digest=data["digest"],
                 tensors=tensors,
+                inputs=inputs,
                 outputs=outputs,
                 reuse_factors=data.get("reuse_factors", {}),
             )
@@ -171,14 +180,23 @@ class HlsProject:
         _ = self._library
 
     def predict(self, x: npt.NDArray[np.float32]) -> Codes:
-        """Output codes `(batch, *output shape)` for real inputs `(batch, *input shape)`, channels last."""
+        """Output codes `(batch, *output_shape)` for real inputs `(batch, *input_shape)`, channels last."""
         return self.output_codes(self._library.predict(self._samples(x)))
 
     @cached_property
     def ports(self) -> tuple[Tensor, ...]:
         """The tensors that the top function puts out."""
+        return self._named(self.outputs)
+
+    @property
+    def input_shape(self) -> Shape:
+        """Of one sample: the input's, or that of all inputs in a row."""
+        shapes = [tensor.shape for tensor in self._named(self.inputs)]
+        return shapes[0] if len(shapes) == 1 else (sum(map(math.prod, shapes)),)
+
+    def _named(self, ops: Sequence[str]) -> tuple[Tensor, ...]:
         tensors = {t.op: t for t in self.tensors}
-        return tuple(tensors[name] for name in self.outputs)
+        return tuple(tensors[name] for name in ops)
 
     def output_codes(self, values: Sequence[npt.NDArray[np.float64]]) -> Codes:
         """Real values of each port, `(batch, *shape)`, as the network's output codes `(batch, *output shape)`.
@@ -213,11 +231,16 @@ class HlsProject:
         _write_rows(folder / "tb_input_features.dat", np.asarray(x, np.float32))
         _write_rows(folder / "tb_output_predictions.dat", codes * 2.0**-self._output_frac)
 
-    def _samples(self, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-        shape = self.tensors[0].shape
-        if x.shape[1:] != shape or not np.isfinite(x).all():
-            raise InvalidInput(f"input of shape {x.shape[1:]}: the project takes finite values of shape {shape}")
-        return np.ascontiguousarray(x, np.float32).astype(np.float64)
+    def _samples(self, x: npt.NDArray[np.float32]) -> list[npt.NDArray[np.float64]]:
+        """Real inputs, each by itself."""
+        if x.shape[1:] != self.input_shape or not np.isfinite(x).all():
+            raise InvalidInput(
+                f"input of shape {x.shape[1:]}: the project takes finite values of shape {self.input_shape}"
+            )
+        shapes = [tensor.shape for tensor in self._named(self.inputs)]
+        ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
+        parts = np.split(np.ascontiguousarray(x, np.float32).astype(np.float64).reshape(len(x), -1), ends, 1)
+        return [np.ascontiguousarray(part).reshape(-1, *shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def _first(self, variable: str) -> Tensor:
         return next(t for t in self.tensors if t.variable == variable)
@@ -236,17 +259,17 @@ class HlsProject:
         with tempfile.TemporaryDirectory() as scratch:
             traced = Path(scratch) / "project"
             shutil.copytree(self.folder, traced, ignore=shutil.ignore_patterns("*.so", "*_prj"))
-            csim.add_hooks(traced, self.top, self._observed)
+            csim.add_hooks(traced, self.top, self._observed, self.inputs)
             return self._compiled(traced)
 
     def _compiled(self, folder: Path) -> csim.Library:
         """This project, or a copy of it, compiled."""
-        shapes = [port.shape for port in self.ports]
-        return csim.compile_library(folder, self.top, _stamp(self.digest), self.tensors[0].shape, shapes)
+        shapes = ([tensor.shape for tensor in self._named(names)] for names in (self.inputs, self.outputs))
+        return csim.compile_library(folder, self.top, _stamp(self.digest), *shapes)
 
 
 def _convert(net: QNet, hardware: Hardware, folder: Path, project_name: str) -> Any:
-    """hls4ml's graph of a network.
+    """hls4ml's graph of a lowered network.
 
     Raises:
         ToolFailed: with what hls4ml says against it.
@@ -256,11 +279,14 @@ def _convert(net: QNet, hardware: Hardware, folder: Path, project_name: str) -> 
     for op, settings in hardware.layers.items():
         given = {"ReuseFactor": settings.reuse_factor, "Strategy": settings.strategy}
         configured[names[op]] |= {key: value for key, value in given.items() if value is not None}
-    listed, put_out = layer_list(net), [names[op] for op in ports(net)]
+    listed, put_in, put_out = layer_list(net), [names[op.name] for op in net.inputs], [names[op] for op in ports(net)]
     with _logged():
         from hls4ml.model.graph import ModelGraph
         from hls4ml.utils.config import create_config
 
+        from hmq_fpga.deploy.hls import gather
+
+        gather.register()
         config = create_config(
             output_dir=str(folder),
             project_name=project_name,
@@ -273,13 +299,13 @@ def _convert(net: QNet, hardware: Hardware, folder: Path, project_name: str) -> 
         model = {"Precision": "fixed<16,6>", **chosen, "BitExact": False}
         config["HLSConfig"] = {"Model": model, "LayerName": configured}
         try:
-            return ModelGraph.from_layer_list(config, listed, [names[net.input.name]], put_out)
+            return ModelGraph.from_layer_list(config, listed, put_in, put_out)
         except Exception as error:  # from hls4ml anything may come
             raise ToolFailed(f"hls4ml cannot convert this network: {type(error).__name__}: {error}") from error
 
 
-def _tensors(net: QNet, graph: Any) -> tuple[Tensor, ...]:
-    """Where hls4ml's graph holds the tensors.
+def _tensors(net: QNet, graph: Any) -> dict[str, Tensor]:
+    """Where hls4ml's graph holds the tensors of a lowered network, by op.
 
     Raises:
         ToolFailed: when a layer is not there or is nobody's, naming it.
@@ -288,8 +314,8 @@ def _tensors(net: QNet, graph: Any) -> tuple[Tensor, ...]:
     _check_layers(graph, set(names.values()))
     tensors: dict[str, Tensor] = {}
     for op in net.ops:
-        if made_by[op.name] != op.name or isinstance(op, Flatten):  # nothing to compute: the source's variable
-            source = tensors[op.source if isinstance(op, Flatten) else made_by[op.name]]
+        if made_by[op.name] != op.name or isinstance(op, Flatten | View):  # nothing to compute: the source's variable
+            source = tensors[op.reads[0]]
             variable, typedefs = source.variable, {"result": source.typedefs["result"]}
         elif (node := graph.graph.get(names[op.name])) is None:
             raise ToolFailed(f"hls4ml dropped layer {op.name!r}")
@@ -298,7 +324,22 @@ def _tensors(net: QNet, graph: Any) -> tuple[Tensor, ...]:
         tensors[op.name] = Tensor(
             op=op.name, variable=variable, shape=net.shapes[op.name], format=net.formats[op.name], typedefs=typedefs
         )
-    return tuple(tensors.values())
+    return tensors
+
+
+def _held(net: QNet, made: Lowered, tensors: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """Where the project holds the tensors of the network that was lowered."""
+    held = {op.name: tensors[made.held[op.name]] for op in net.ops}
+    return tuple(
+        replace(
+            tensor,
+            op=op,
+            shape=net.shapes[op],
+            format=net.formats[op],
+            typedefs=tensor.typedefs if tensor.op == op else {"result": tensor.typedefs["result"]},
+        )
+        for op, tensor in held.items()
+    )
 
 
 def _typedefs(net: QNet, op: Op, node: Any) -> dict[str, str]:
@@ -313,12 +354,12 @@ def _typedefs(net: QNet, op: Op, node: Any) -> dict[str, str]:
 
 
 def _check_layers(graph: Any, known: set[str]) -> None:
-    """Every layer is an op's, but for zero padding and copies of streams, which keep the type."""
+    """Every layer is an op's, but for copies of streams, which keep the type."""
     for name, node in graph.graph.items():
         if name in known:
             continue
         source, result = node.get_input_variable().type.precision, node.get_output_variable().type.precision
-        if node.class_name not in ("ZeroPadding1D", "ZeroPadding2D", "Clone") or source != result:
+        if node.class_name != "Clone" or source != result:
             raise ToolFailed(f"hls4ml added layer {name!r}, {source} to {result}")
 
 
@@ -367,6 +408,7 @@ def _write(graph: Any, project: HlsProject) -> None:
     record = {
         "top": project.top,
         "digest": project.digest,
+        "inputs": project.inputs,
         "outputs": project.outputs,
         "reuse_factors": project.reuse_factors,
         "tensors": [asdict(t) for t in project.tensors],

@@ -5,11 +5,10 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import get_args
 
-from hmq_fpga.deploy.hls.layers import is_copy, makers, ports
 from hmq_fpga.deploy.settings import Hardware, HlsBackend, IoType, LayerSettings, Strategy
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.network import QNet
-from hmq_fpga.ir.ops import AvgPool, Conv, Dense, DepthwiseConv, Flatten, Linear, MaxPool, Scale
+from hmq_fpga.ir.ops import DepthwiseConv, Linear, Scale
 
 ADDERS = "distributed_arithmetic"
 
@@ -27,32 +26,10 @@ def check_settings(net: QNet, hardware: Hardware) -> None:
     if unknown := sorted(set(hardware.layers) - {op.name for op in net.linears}):
         names = ", ".join(op.name for op in net.linears)
         raise InvalidInput(f"layer {unknown[0]!r} has no reuse factor or strategy; these layers have: {names}")
-    ports(net)
-    if hardware.io_type == "io_stream":
-        _check_streams(net)
     for op in net.linears:
         own = hardware.layers.get(op.name, LayerSettings())
         strategy, reuse_factor = own.strategy or hardware.strategy, own.reuse_factor or hardware.reuse_factor
         _check_strategy(op, strategy, reuse_factor, hardware.io_type)
-
-
-def _check_streams(net: QNet) -> None:
-    """Refuse what hls4ml's streams compute wrongly, or refuse by an assertion in the generated code."""
-    made_by = makers(net)
-    flattened = {op.name for op in net.ops if isinstance(op, Flatten) and not is_copy(net, op)}
-    for op in net.ops:
-        match op:
-            case MaxPool() | AvgPool() if op.stride != op.window:
-                fault = f"pool windows of {op.window} at a stride of {op.stride}"
-            case Conv() if len(op.stride) == 2 and op.weight.shape[0] == 1 < min(op.weight.shape[1], op.stride[0]):
-                fault = f"convolve by {op.kernel} at a stride of {op.stride}"  # all rows get through
-            case Dense():
-                continue
-            case _ if not is_copy(net, op) and flattened.intersection(made_by[name] for name in op.reads):
-                fault = "feed a flattened image to anything but a dense layer"
-            case _:
-                continue
-        raise InvalidInput(f"op {op.name!r}: hls4ml's io_stream cannot {fault}: use io_parallel")
 
 
 def _check_strategy(op: Linear, strategy: Strategy, reuse_factor: int, io_type: IoType) -> None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from hmq_fpga.deploy.hls.layers import is_copy
+from hmq_fpga.deploy.hls.lower import is_copy
 from hmq_fpga.ir.errors import assert_never
 from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.ir.network import QNet
@@ -18,14 +18,20 @@ from hmq_fpga.ir.ops import (
     Dense,
     DepthwiseConv,
     Flatten,
+    Gather,
     Input,
     LeakyRelu,
+    Maximum,
     MaxPool,
+    Minimum,
+    Multiply,
     Op,
     Pad,
     Quantize,
     Scale,
     Shape,
+    Subtract,
+    Table,
     Upsample,
 )
 
@@ -85,6 +91,13 @@ def precisions(net: QNet) -> Types:
     return types
 
 
+def held_format(types: Types, op: str) -> Fixed:
+    """The format of the C++ variable that holds an op's tensor."""
+    kind, _, numbers = types[op]["result"].rstrip(">").partition("<")
+    width, integer, *_ = numbers.split(",")
+    return Fixed(signed=kind == "ap_fixed", width=int(width), frac=int(width) - int(integer))
+
+
 def read_types(defines: str, tensors: tuple[Tensor, ...]) -> Types:
     """The types that the text of a `defines.h` gives to tensors."""
     typedefs = {name: _plain_type(kind) for kind, name in re.findall(r"typedef (.*) (\w+);", defines)}
@@ -97,8 +110,10 @@ def inner_roles(net: QNet, op: Op) -> list[str]:
 
 
 def _moves(net: QNet, op: Op) -> bool:
-    """Whether every value of an op is one of its source's."""
-    return isinstance(op, MaxPool | Pad | Upsample | Flatten) or is_copy(net, op)
+    """Whether every value of an op is one of its source's, or zero."""
+    if isinstance(op, Gather) and op.fill and op.index.min() < 0:  # its source's type may not have the code
+        return False
+    return isinstance(op, MaxPool | Pad | Upsample | Flatten | Gather) or is_copy(net, op)
 
 
 def _inner_types(net: QNet, op: Op) -> dict[str, str]:
@@ -112,7 +127,11 @@ def _inner_types(net: QNet, op: Op) -> dict[str, str]:
             return {"accum": _exact_type(replace(exact, width=exact.width + exact.frac - net.formats[op.source].frac))}
         case LeakyRelu():
             return {"param": _exact_type(Fixed(signed=False, width=1, frac=op.shift))}
-        case Input() | Quantize() | MaxPool() | Pad() | Upsample() | Flatten() | Add() | Concat():
+        case Table():
+            return {"table": _exact_type(op.format)}
+        case Input() | Quantize() | MaxPool() | Pad() | Upsample() | Flatten() | Gather():
+            return {}
+        case Add() | Subtract() | Maximum() | Minimum() | Multiply() | Concat():
             return {}
         case _:
             assert_never(op)

@@ -378,12 +378,12 @@ def read_rows(path: Path, *columns: int) -> list[npt.NDArray[np.float64]]:
 
 
 def read_inputs(folder: Path, project: HlsProject) -> npt.NDArray[np.float32]:
-    """The inputs of the project's test bench, `(samples, *input shape)`.
+    """The inputs of the project's test bench, `(samples, *input_shape)`.
 
     Raises:
         InvalidInput: when there are none.
     """
-    path, shape = folder / "tb_data" / "tb_input_features.dat", project.tensors[0].shape
+    path, shape = folder / "tb_data" / "tb_input_features.dat", project.input_shape
     (values,) = read_rows(path, math.prod(shape)) if path.exists() else [np.empty(0)]
     if not len(values):
         raise InvalidInput(f"{path}: no samples to simulate: the project was converted without data")
