@@ -21,6 +21,7 @@ from tests.strategies import EITHER, SEEDS
 
 NORMS = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d}
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d}
+TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d}
 MAX_POOLS = {1: nn.MaxPool1d, 2: nn.MaxPool2d}
 AVG_POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d}
 PADS = {1: nn.ZeroPad1d, 2: nn.ZeroPad2d}
@@ -38,14 +39,89 @@ class Shortcut(nn.Module):
 
 
 class Fork(nn.Module):
-    """Two branches side by side."""
+    """Branches side by side."""
 
-    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+    def __init__(self, *branches: nn.Module) -> None:
         super().__init__()
-        self.first, self.second = first, second
+        self.branches = nn.ModuleList(branches)
 
     def forward(self, x):
-        return torch.cat((self.first(x), self.second(x)), 1)
+        return torch.cat([branch(x) for branch in self.branches], 1)
+
+
+class Pair(nn.Module):
+    """A function of a branch and its input."""
+
+    def __init__(self, branch: nn.Module, function) -> None:
+        super().__init__()
+        self.branch, self.function = branch, function
+
+    def forward(self, x):
+        return self.function(self.branch(x), x)
+
+
+class Scaled(nn.Module):
+    """Constants, for all values or for each channel."""
+
+    def __init__(self, scale: torch.Tensor, shift: torch.Tensor) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(scale)
+        self.register_buffer("shift", shift)
+
+    def forward(self, x):
+        return self.shift - x * self.scale
+
+
+class OverPositions(nn.Module):
+    """A dense layer over the last dimension, of an image its columns."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs) / 2)
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+class TwoInputs(nn.Module):
+    """A network, whose features a second input joins."""
+
+    def __init__(self, body: nn.Module, second: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.body, self.second, self.head = body, second, head
+
+    def forward(self, x, y):
+        return self.head(torch.cat([self.body(x), self.second(y)], 1))
+
+
+def shuffled(x):
+    """Channels from two groups in turn, the last ones left out."""
+    channels = x.shape[1] // 2
+    return x[:, : 2 * channels].unflatten(1, (2, channels)).transpose(1, 2).flatten(1, 2)
+
+
+MOVES = (
+    shuffled,
+    lambda x: x.flip(1),
+    lambda x: x[:, 1:],
+    lambda x: x[..., ::2],
+    lambda x: x.transpose(1, -1),
+    lambda x: x.roll(1, -1),
+    lambda x: torch.stack((x[:, 0], x[:, -1]), 1),
+    lambda x: F.pad(x, (1, 1), mode="replicate"),
+    lambda x: torch.cat(x.chunk(2, 1)[::-1], 1),
+)
+PAIRS = (torch.sub, torch.mul, torch.maximum, torch.minimum, torch.add)
+FUNCTIONS = (
+    *(torch.tanh, torch.sigmoid, F.gelu, F.silu, F.elu, F.softplus, F.mish, F.hardswish, F.hardsigmoid, torch.abs),
+    *(torch.square, lambda x: F.leaky_relu(x, 0.3), lambda x: x.clamp(-0.5, 1.75), lambda x: x**3),
+)
+SUMS = (
+    lambda x: x.sum(-1, keepdim=True),
+    lambda x: x.amax(-1, keepdim=True),
+    lambda x: x.amax(1, keepdim=True),
+    lambda x: x.sum(1, keepdim=True),
+)
 
 
 class Heads(nn.Module):
@@ -92,13 +168,14 @@ class Functional(nn.Module):
 class _Drawing:
     """A model in the making: layers, and the shape that they make of a sample."""
 
-    def __init__(self, draw, streams: bool) -> None:
-        self.draw, self.streams = draw, streams
+    def __init__(self, draw) -> None:
+        self.draw = draw
         self.dims = draw(st.integers(0, 2))
         sizes = [draw(st.integers(3, 7)) for _ in range(self.dims)]
         self.input_shape = (draw(st.integers(1, 3 if self.dims else 8)), *sizes)
         self.layers: list[nn.Module] = []
         self.shape = self.input_shape
+        self.shapes = self.input_shape
 
     def add(self, layer: nn.Module) -> None:
         self.layers.append(layer)
@@ -108,7 +185,7 @@ class _Drawing:
     def pick(self, *choices):
         return self.draw(st.sampled_from(choices))
 
-    def network(self) -> nn.Sequential:
+    def network(self) -> nn.Module:
         if self.draw(st.integers(0, 3)) == 0:
             self.add(NORMS[self.dims](self.shape[0]))
         if self.dims:
@@ -120,35 +197,70 @@ class _Drawing:
             self.add(self.pick(nn.Flatten(), View(), Mean(self.dims)))
         for _ in range(self.draw(st.integers(0, 2))):
             self.add(nn.Linear(self.shape[0], self.draw(st.integers(1, 8)), bias=self.draw(EITHER)))
-            if self.draw(EITHER):
-                self.add(nn.BatchNorm1d(self.shape[0]))
-            self.activation()
+            self.features()
+        if self.draw(st.integers(0, 7)) == 0 and not (self.dims and image_head is not None):
+            return self.of_two_inputs()
         heads = [self.head() for _ in range(self.pick(1, 1, 1, 2, 3))]
         self.layers.append(Heads(*heads) if len(heads) > 1 else heads[0])
         if self.dims and image_head is not None:
             self.layers[image:] = [Heads(nn.Sequential(*self.layers[image:]), image_head)]
         return nn.Sequential(*self.layers)
 
+    def features(self) -> None:
+        """What comes between dense layers."""
+        match self.pick("", "", "norm", "scale", "pair", "move"):
+            case "norm":
+                self.add(nn.BatchNorm1d(self.shape[0]))
+            case "scale":
+                self.scale()
+            case "pair":
+                self.add(Pair(nn.Linear(self.shape[0], self.shape[0]), self.pick(*PAIRS)))
+            case "move" if self.shape[0] > 1:
+                self.move()
+        self.activation()
+
+    def of_two_inputs(self) -> nn.Module:
+        size, made = self.draw(st.integers(1, 4)), self.draw(st.integers(1, 4))
+        second = self.pick(nn.Identity(), nn.Linear(size, made), nn.Sequential(nn.Linear(size, made), nn.ReLU()))
+        features = self.shape[0] + (size if isinstance(second, nn.Identity) else made)
+        self.shapes = (self.input_shape, (size,))
+        return TwoInputs(nn.Sequential(*self.layers), second, nn.Linear(features, 3))
+
     def head(self) -> nn.Module:
         linear = nn.Linear(self.shape[0], self.draw(st.integers(1, 6)))
         return nn.Sequential(linear, self.pick(nn.Identity(), nn.Softmax(-1), nn.Sigmoid(), Functional(torch.tanh)))
 
     def block(self) -> None:
-        kind = self.pick("conv", "conv", "depthwise", "norm", "shortcut", "fork", "pad", "up")
+        common = "conv", "conv", "depthwise", "norm", "shortcut", "fork", "pad", "up"
+        kind = self.pick(*common, "transposed", "scale", "pair", "move", "positions", "sum")
         channels = self.shape[0]
         match kind:
             case "conv" | "depthwise":
                 self.convolution(depthwise=kind == "depthwise")
             case "norm":
                 self.add(NORMS[self.dims](channels))
+            case "transposed":
+                self.transposed()
+            case "scale":
+                self.scale()
+            case "pair":
+                self.add(Pair(self.pointwise(channels), self.pick(*PAIRS)))
+            case "move":
+                self.move()
+            case "positions":
+                self.add(OverPositions(self.shape[-1], self.draw(st.integers(1, 4))))
+            case "sum":
+                self.add(Functional(self.pick(*SUMS)))
             case "shortcut":
                 self.add(Shortcut(self.pointwise(channels)))
             case "fork":
-                self.add(Fork(self.pointwise(2), self.pick(nn.Identity(), self.pointwise(1))))
+                others = [self.pick(nn.Identity(), self.pointwise(1)) for _ in range(self.draw(st.integers(1, 2)))]
+                self.add(Fork(self.pointwise(2), *others))
             case "pad":
                 self.add(PADS[self.dims](tuple(self.draw(st.integers(0, 2)) for _ in range(2 * self.dims))))
             case "up" if max(self.shape) < 8:
-                self.add(nn.Upsample(scale_factor=2))
+                linear = {1: "linear", 2: "bilinear"}[self.dims]
+                self.add(nn.Upsample(scale_factor=2, mode=self.pick("nearest", linear)))
         if kind in ("conv", "depthwise", "shortcut", "fork") and self.draw(EITHER):
             self.add(NORMS[self.dims](self.shape[0]))
         self.activation()
@@ -160,15 +272,40 @@ class _Drawing:
 
     def convolution(self, *, depthwise: bool) -> None:
         channels, sizes = self.shape[0], self.shape[1:]
-        kernel = tuple(self.draw(st.integers(1, min(n, 3))) for n in sizes)
-        stride = (self.draw(st.integers(1, 2)),) * self.dims
-        if self.streams and self.dims == 2 and kernel[0] == 1:
-            stride = (1, 1)
+        dilation = self.pick(1, 1, 1, 2)
+        kernel = tuple(self.draw(st.integers(1, max(1, min((n - 1) // dilation + 1, 3)))) for n in sizes)
+        stride = tuple(self.draw(st.integers(1, 2)) for _ in sizes)
         padding = tuple(self.draw(st.integers(0, k // 2)) for k in kernel)
-        outputs = channels if depthwise else self.draw(st.integers(1, 4))
-        groups = channels if depthwise else 1
-        bias = self.draw(EITHER)
-        self.add(CONVS[self.dims](channels, outputs, kernel, stride, padding, groups=groups, bias=bias))
+        groups = channels if depthwise else self.pick(*(g for g in range(1, channels + 1) if channels % g == 0))
+        outputs = groups * self.draw(st.integers(1, 2)) if groups > 1 else self.draw(st.integers(1, 4))
+        windows = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        self.add(CONVS[self.dims](channels, outputs, kernel, bias=self.draw(EITHER), **windows))
+
+    def transposed(self) -> None:
+        channels = self.shape[0]
+        if max(self.shape[1:]) > 6:
+            return
+        stride, kernel = self.draw(st.integers(1, 2)), self.draw(st.integers(1, 3))
+        settings = {
+            "stride": stride,
+            "padding": self.draw(st.integers(0, kernel // 2)),
+            "output_padding": self.draw(st.integers(0, stride - 1)),
+            "groups": self.pick(1, channels),
+        }
+        outputs = settings["groups"] * self.draw(st.integers(1, 2))
+        layer = TRANSPOSED[self.dims](channels, outputs, kernel, **settings)
+        with torch.no_grad():
+            assume(min(layer(torch.zeros(2, *self.shape)).shape) > 0)
+        self.add(layer)
+
+    def scale(self) -> None:
+        size = self.pick((), (self.shape[0], *(1 for _ in self.shape[1:])))
+        self.add(Scaled(torch.randn(size), self.pick(torch.zeros(()), torch.randn(size))))
+
+    def move(self) -> None:
+        move = self.pick(*MOVES)
+        assume(self.shape[0] > 1 and (len(self.shape) > 1 or move not in (MOVES[7],)))
+        self.add(Functional(move))
 
     def activation(self) -> None:
         slope = 2.0 ** -self.draw(st.integers(0, 4))
@@ -180,6 +317,8 @@ class _Drawing:
             nn.Hardtanh(-1.5, 1.5),
             Functional(F.relu),
             nn.Identity(),
+            Functional(self.pick(*FUNCTIONS)),
+            nn.PReLU(self.pick(1, self.shape[0])),
         )
         self.add(activation)
 
@@ -188,8 +327,12 @@ class _Drawing:
         if not kinds:
             return
         window = tuple(self.draw(st.integers(1, min(n, 3))) for n in self.shape[1:])
-        stride = window if self.streams else tuple(self.draw(st.integers(1, 3)) for _ in window)
-        self.add((MAX_POOLS if kinds == "max" else AVG_POOLS)[self.dims](window, stride))
+        stride = tuple(self.draw(st.integers(1, 3)) for _ in window)
+        padding = tuple(self.draw(st.integers(0, k // 2)) for k in window)
+        if kinds == "max":
+            self.add(MAX_POOLS[self.dims](window, stride, padding, ceil_mode=self.draw(EITHER)))
+        else:
+            self.add(AVG_POOLS[self.dims](window, stride, padding))
 
 
 @dataclass(frozen=True)
@@ -204,14 +347,10 @@ class Drawn:
 
 
 @st.composite
-def quantized_models(draw, *, streams: bool = False) -> Drawn:
-    """Instrumented models with random statistics, weights and schemes: 1 to 8 bits, thresholds 2^-10 … 2^6.
-
-    Args:
-        streams: only what hls4ml's io_stream computes.
-    """
+def quantized_models(draw) -> Drawn:
+    """Instrumented models with random statistics, weights and schemes: 1 to 8 bits, thresholds 2^-10 … 2^6."""
     torch.manual_seed(draw(SEEDS) % 2**31)
-    drawing = _Drawing(draw, streams)
+    drawing = _Drawing(draw)
     model = drawing.network()
     model.train()
     assume(all(n > 0 for n in drawing.shape))
@@ -222,7 +361,7 @@ def quantized_models(draw, *, streams: bool = False) -> Drawn:
             nn.init.normal_(layer.weight)
             nn.init.normal_(layer.bias)
     try:
-        quantized = instrument(model, drawing.input_shape, input_signed=draw(EITHER))
+        quantized = instrument(model, drawing.shapes, input_signed=draw(EITHER))
     except UnsupportedLayer as error:
         assert "no power of two" in str(error)
         assume(False)
