@@ -326,7 +326,7 @@ class QModel(nn.Module):
         for node, layer, read in zip(self.nodes, self.layers, self._last_reads, strict=True):
             name, sources = node.name, [tensors[source] for source in node.sources]
             if isinstance(layer, Activation):
-                fused = layer.relu and layer.limit_log2 is None and name in grids and not observe
+                fused = layer.relu and name in grids and not observe  # no grid reaches beyond the limit of a clip
                 tensor = sources[0] if fused else layer(*sources)
                 if observe:
                     observe(name, tensor)
