@@ -116,6 +116,13 @@ def _counted(shape: ops.Shape) -> Places:
     return np.arange(math.prod(shape), dtype=np.int64).reshape(shape)
 
 
+def _inverse(places: Places) -> Places:
+    """Where in a row each number from 0 stands: what `argsort` finds of any numbers, without sorting."""
+    numbers = np.empty(places.size, np.int64)
+    numbers[places.ravel()] = np.arange(places.size)
+    return numbers
+
+
 class _Freezer:
     """Walks over a model's layers and collects the ops."""
 
@@ -179,7 +186,7 @@ class _Freezer:
             case Add() | Subtract() | Multiply() | Maximum() | Minimum():
                 first = self._whole(x, name)
                 held = self._types[first.op].shape
-                second = self._ordered(sources[1], np.argsort(first.places, axis=None).reshape(held), name)
+                second = self._ordered(sources[1], _inverse(first.places).reshape(held), name)
                 return self._in_place(_ELEMENTWISE[type(layer)](name=name, sources=(first.op, second)), first)
             case Concat():
                 return self._concat(node, layer.axis, sources)
@@ -206,7 +213,9 @@ class _Freezer:
     def _whole(self, x: _Lying, reader: str) -> _Lying:
         """`x` in a tensor that holds each of its values once and nothing else."""
         size = math.prod(self._types[x.op].shape)
-        if x.places.size == size and (np.bincount(x.places.ravel() + 1, minlength=size + 1)[1:] == 1).all():
+        held = np.zeros(size + 1, bool)
+        held[x.places] = True  # the last one for zeros
+        if x.places.size == size and held[:-1].all():
             return x
         return _Lying(self._channels_last(x, reader), np.moveaxis(_counted(_channels_last(x.places.shape)), -1, 0))
 
@@ -241,7 +250,7 @@ class _Freezer:
     def _flat(self, x: _Lying, reader: str) -> tuple[str, Places]:
         """Name of a tensor of one dimension that holds `x`, and in which order: PyTorch's place of each value."""
         x = self._whole(x, reader)
-        order = np.argsort(x.places, axis=None)
+        order = _inverse(x.places)
         return self._ordered(x, order, reader), order
 
     # layers
@@ -267,7 +276,7 @@ class _Freezer:
             source, order = self._flat(x, node.name)
             fields["bias"] = np.ascontiguousarray(fields["bias"][order])
             made = self._add(ops.Scale(**fields, source=source, weight=np.ascontiguousarray(weight[order])))
-            return _Lying(made, np.argsort(order).reshape(x.places.shape))
+            return _Lying(made, _inverse(order).reshape(x.places.shape))
         order = np.moveaxis(_counted(x.places.shape), layer.axis, -1)
         source = self._ordered(x, order, node.name)
         return self._along(ops.Scale(**fields, source=source, weight=weight), layer.axis)
@@ -355,7 +364,7 @@ class _Freezer:
             flat = [self._flat(x, node.name) for x in sources]
             starts = np.cumsum([0, *(len(order) for _, order in flat)])
             order = np.concatenate([start + order for start, (_, order) in zip(starts, flat, strict=False)])
-            return _Lying(self._side_by_side(node.name, [name for name, _ in flat]), np.argsort(order))
+            return _Lying(self._side_by_side(node.name, [name for name, _ in flat]), _inverse(order))
         orders = [np.moveaxis(_counted(x.places.shape), axis, -1) for x in sources]
         names = [self._ordered(x, order, node.name) for x, order in zip(sources, orders, strict=True)]
         made = self._side_by_side(node.name, names)

@@ -41,7 +41,7 @@ class Activation(nn.Module):
         """Tensor before its quantizer, of any shape."""
         if self.limit_log2 is not None:
             limit = 2.0**self.limit_log2
-            return x.clamp(0.0 if self.relu else -limit, limit)
+            return F.hardtanh(x, 0.0, limit) if self.relu else x.clamp(-limit, limit)  # zero has a ReLU's gradient
         return torch.relu(x) if self.relu else x
 
 
