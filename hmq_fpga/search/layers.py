@@ -297,7 +297,7 @@ def joined(outputs: object) -> Tensor:
     tensors: list[Tensor] = tree_leaves(outputs)
     if len(tensors) == 1:
         return tensors[0]
-    return torch.cat([tensor.movedim(1, -1).flatten(1) for tensor in tensors], 1)
+    return torch.cat([t.movedim(1, -1).flatten(1) if t.ndim > 1 else t[:, None] for t in tensors], 1)
 
 
 def parted(tensor: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
