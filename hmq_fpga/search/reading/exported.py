@@ -82,8 +82,8 @@ def export(model: nn.Module, shapes: Sequence[Shape] | Mapping[str, Shape], *, s
     sizes = list(shapes.values() if isinstance(shapes, Mapping) else shapes)
     if wrong := [shape for shape in sizes if not 1 <= len(shape) <= 3]:
         raise InvalidInput(
-            f"model: samples of shape {wrong[0]}, hardware takes (features,), (channels, length) and (channels, height, "
-            "width); give them in such a shape and reshape them in forward"
+            f"model: samples of shape {wrong[0]}, hardware takes (features,), (channels, length) or "
+            "(channels, height, width); give them in such a shape and reshape them in forward"
         )
     random = torch.Generator().manual_seed(0)
     examples = tuple(torch.randn(BATCH, *shape, generator=random) for shape in sizes)

@@ -440,7 +440,10 @@ def _cat(r: Reader, tensors: Sequence[Any], dim: int = 0) -> Value:
         rest = iter(parts)
         batch = len(parts[0])
         return torch.cat(
-            [next(rest) if isinstance(v, Value) else torch.zeros_like(v).expand(batch, *v.shape[1:]) for v in constants],
+            [
+                next(rest) if isinstance(v, Value) else torch.zeros_like(v).expand(batch, *v.shape[1:])
+                for v in constants
+            ],
             axis,
         )
 
@@ -579,7 +582,9 @@ def _function(r: Reader, x: Value, **_numbers: Any) -> Any:
     "argmax",
     about="at the very end only, where it is left out: the hardware gives the values before it",
 )
-def _softmax(r: Reader, x: Value | Finished, dim: Any = None, half_to_float: bool = False, keepdim: bool = False) -> Finished:  # noqa: ARG001
+def _softmax(r: Reader, x: Value | Finished, dim: Any = None, **_settings: Any) -> Finished:
+    if dim is not None and dim % len(r.full_shape(x) if isinstance(x, Value) else (0, *x.shape)) == 0:
+        raise UnsupportedLayer("is taken over the batch; give the dimension of the scores, such as dim=1")
     if not r.is_last:
         raise UnsupportedLayer("is supported at the very end only, where it is removed; use ReLU here")
     return r.final(x, r.function()[1])
@@ -707,7 +712,7 @@ def _reduced(r: Reader, x: Value, dim: Any, keepdim: bool, pool: Callable[[Shape
         made = _reduced(r, first, [d + (d < batch) for d in dims], keepdim, pool)
         back = batch - (0 if keepdim else sum(d < batch for d in dims))
         return r.moved(made, lambda i: i.movedim(0, back))  # type: ignore[no-any-return]
-    made = _without(full, dims, keepdim)
+    kept_shape = _without(full, dims, keepdim)
     if dims == list(range(2, len(full))) and len(full) in (3, 4):
         window, kept = full[2:], full[1]
         pooled = r.layer(pool(window), x, shape=(kept, *(1 for _ in window)))
@@ -716,7 +721,7 @@ def _reduced(r: Reader, x: Value, dim: Any, keepdim: bool, pool: Callable[[Shape
         kept, reduced = math.prod(full[d] for d in rest), math.prod(full[d] for d in dims)
         rows = r.moved(x, lambda i: i.permute(0, *rest, *dims).reshape(len(i), kept, reduced))
         pooled = r.layer(pool((reduced,)), rows, shape=(kept, 1))
-    return r.reshaped(pooled, made)
+    return r.reshaped(pooled, kept_shape)
 
 
 def _without(full: Shape, dims: Sequence[int], keepdim: bool) -> Shape:

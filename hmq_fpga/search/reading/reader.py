@@ -158,14 +158,18 @@ class Reader:
 
     def _apply(self, node: fx.Node, name: str, given: Any, values: list[Any]) -> Any:
         if isinstance(values[0], Finished) and name not in FINALS:
-            return self._reshaped_final(values[0], lambda x: self._moved(x, node.target, *_replaced(given, values[0], x)))
+            return self._reshaped_final(
+                values[0], lambda x: self._moved(x, node.target, *_replaced(given, values[0], x))
+            )
         if name in self._moves and (len(values) == 1 or name.endswith("_as")):
             first = tree_leaves(given)[0]
             if isinstance(first, Value):
                 return self._moved(first, node.target, *given)
             if name.endswith("_as"):
                 return self.of_shape()
-            raise UnsupportedLayer("looks values up by a number; give them as inputs, or use a Linear of one-hot inputs")
+            raise UnsupportedLayer(
+                "looks values up by a number; give them as inputs, or use a Linear of one-hot inputs"
+            )
         read = self._table.get(name)
         if read is None:
             raise UnsupportedLayer("is not supported; see `hmq-fpga layers` for what is")
@@ -177,7 +181,9 @@ class Reader:
         after = move(before)
         count = torch.arange(1, 1 + BATCH * math.prod(x.shape))
         if after.index is not None and (len(after.index) != BATCH or not torch.equal(after.index.flatten(), count)):
-            raise UnsupportedLayer(f"comes after {x.final.name}; only shapes may change after that, with the batch first")
+            raise UnsupportedLayer(
+                f"comes after {x.final.name}; only shapes may change after that, with the batch first"
+            )
         function = x.final.function
         final = replace(x.final, function=lambda y: function(y).reshape(len(y), *after.shape))
         return Finished(x.value, final, after.shape)
@@ -256,7 +262,10 @@ class Reader:
             layer.axis += 1
         shape = turned[0].shape
         made = self.layer(
-            layer, *turned, shape=(*shape[:-1], layer.out_features) if isinstance(layer, nn.Linear) else shape, name=name
+            layer,
+            *turned,
+            shape=(*shape[:-1], layer.out_features) if isinstance(layer, nn.Linear) else shape,
+            name=name,
         )
         return self.moved(made, lambda i: i.movedim(0, axis) if axis else i.flatten(0, 1))  # type: ignore[no-any-return]
 
@@ -379,7 +388,9 @@ class Reader:
             index = 1 + torch.arange(BATCH * math.prod(x.shape), dtype=torch.float64).reshape(BATCH, *x.shape)
         numbers = index.contiguous()  # what it has to be for a view is of no concern
         args, kwargs = tree_map(lambda v: numbers if v is x else v, (args, kwargs))
-        args, kwargs = tree_map(lambda v: torch.zeros(self.full_shape(v)) if isinstance(v, Value) else v, (args, kwargs))
+        args, kwargs = tree_map(
+            lambda v: torch.zeros(self.full_shape(v)) if isinstance(v, Value) else v, (args, kwargs)
+        )
         return tree_map(
             lambda i: Value(x.tensor, tuple(i.shape[1:]), i, self.label) if isinstance(i, Tensor) else i,
             function(*args, **kwargs),
