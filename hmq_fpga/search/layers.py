@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 Shape = tuple[int, ...]
+_LARGEST = 2.0**15  # stands for infinity in training
 Padding = tuple[tuple[int, int], ...]  # before and after, for each spatial dimension
 
 
@@ -60,11 +61,18 @@ class Function(nn.Module):
         self.name, self.function = name, function
         swept = torch.cat([-torch.logspace(6, -6, 997), torch.zeros(1), torch.logspace(-6, 6, 997)])
         with torch.no_grad():
-            self.signed = bool((function(swept) < 0).any())
+            values = function(swept)
+        self.signed = bool((values < 0).any())
+        self._is_finite = bool(values.isfinite().all())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tensor before its quantizer, of any shape."""
-        return self.function(x)
+        """Tensor before its quantizer, of any shape; where the function has no value, zero and no gradient."""
+        if self._is_finite:
+            return self.function(x)
+        x = x.clone()  # for a hook on this use alone
+        if x.requires_grad:
+            x.register_hook(lambda gradient: gradient.nan_to_num(0.0, 0.0, 0.0))
+        return self.function(x).nan_to_num(0.0, _LARGEST, -_LARGEST)
 
 
 # --- linear layers ---------------------------------------------------------------------------------------------------

@@ -90,6 +90,8 @@ def _converted(r: Reader, x: Value, dtype: torch.dtype | None = None, other: Any
 def _linear_layer(r: Reader, x: Value, weight: Tensor, bias: Tensor | None, shape: Shape | None = None) -> Value:
     """`x @ weight.T + bias` over the last dimension."""
     outputs, inputs = weight.shape
+    if not weight.numel():
+        raise UnsupportedLayer("makes no values: one of its sizes is zero")
     layer = nn.Linear(inputs, outputs, device="meta")
     _own(r, layer, weight, bias)
     return r.layer(layer, x, shape=shape)
