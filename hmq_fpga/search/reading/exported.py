@@ -75,7 +75,7 @@ def export(model: nn.Module, shapes: Sequence[Shape] | Mapping[str, Shape], *, s
     if lazy := [name or "model" for name, part in model.named_modules() if is_lazy(part)]:
         raise InvalidInput(f"model: {lazy[0]!r} does not know its sizes yet; call the model once on a batch of inputs")
     try:
-        module = _copied(_unwrapped(model)).float().eval()
+        module = _copied(unwrapped(model)).float().eval()
     except Exception as error:  # of the user's __deepcopy__
         raise InvalidInput(f"model: {type(model).__name__} cannot be copied: {_first_line(error)}") from error
     keywords = tuple(shapes) if isinstance(shapes, Mapping) else ()
@@ -144,7 +144,8 @@ def _call(module: nn.Module, examples: Sequence[Tensor], keywords: Sequence[str]
     return module(**dict(zip(keywords, examples, strict=True))) if keywords else module(*examples)
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What DataParallel and its kin, or torch.compile, were given."""
     while isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(module, "_orig_mod"):
         module = next(getattr(module, name) for name in _WRAPPERS if hasattr(module, name))
     return module
@@ -156,7 +157,7 @@ def _copied(module: nn.Module) -> nn.Module:
     copied = copy.deepcopy(module, {id(tensor): tensor.detach().clone() for tensor in computed})
     for part in list(copied.modules()):
         for name, child in part.named_children():
-            setattr(part, name, _unwrapped(child))
+            setattr(part, name, unwrapped(child))
         for key, hook in list(part._forward_pre_hooks.items()):
             if isinstance(hook, BasePruningMethod | WeightNorm | SpectralNorm):
                 hook.remove(part)
