@@ -276,10 +276,10 @@ class QModel(nn.Module):
 
     @torch.no_grad()
     def _table(self, node: Node, layer: Function) -> Tensor:
-        """Computed in float64, once, whatever the model's type."""
+        """Computed in float64, once, whatever the model's type; zero where the function has no value."""
         read, made = self._formats[self.origin(node.sources[0])], self._formats[node.name]
         values = layer.function(torch.arange(read.lo, read.hi + 1, dtype=torch.float64) * read.step)
-        return fake_quantize(values, Grid.of(made))
+        return fake_quantize(values.nan_to_num(0.0, math.inf, -math.inf), Grid.of(made))
 
     def _looked_up(self, node: Node, x: Tensor, tensor: Tensor) -> Tensor:
         """A function's quantized values, with the gradient of the float ones."""

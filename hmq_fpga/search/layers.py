@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 Shape = tuple[int, ...]
+_LARGEST = 2.0**15  # stands for infinity in training
 Padding = tuple[tuple[int, int], ...]  # before and after, for each spatial dimension
 
 
@@ -60,11 +61,18 @@ class Function(nn.Module):
         self.name, self.function = name, function
         swept = torch.cat([-torch.logspace(6, -6, 997), torch.zeros(1), torch.logspace(-6, 6, 997)])
         with torch.no_grad():
-            self.signed = bool((function(swept) < 0).any())
+            values = function(swept)
+        self.signed = bool((values < 0).any())
+        self._is_finite = bool(values.isfinite().all())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tensor before its quantizer, of any shape."""
-        return self.function(x)
+        """Tensor before its quantizer, of any shape; where the function has no value, zero and no gradient."""
+        if self._is_finite:
+            return self.function(x)
+        x = x.clone()  # for a hook on this use alone
+        if x.requires_grad:
+            x.register_hook(lambda gradient: gradient.nan_to_num(0.0, 0.0, 0.0))
+        return self.function(x).nan_to_num(0.0, _LARGEST, -_LARGEST)
 
 
 # --- linear layers ---------------------------------------------------------------------------------------------------
@@ -297,7 +305,7 @@ def joined(outputs: object) -> Tensor:
     tensors: list[Tensor] = tree_leaves(outputs)
     if len(tensors) == 1:
         return tensors[0]
-    return torch.cat([tensor.movedim(1, -1).flatten(1) for tensor in tensors], 1)
+    return torch.cat([t.movedim(1, -1).flatten(1) if t.ndim > 1 else t[:, None] for t in tensors], 1)
 
 
 def parted(tensor: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from hmq_fpga.search.graph import QModel
 from hmq_fpga.search.layers import joined, parted
 from hmq_fpga.search.optimizer import RAdam
+from hmq_fpga.search.reading.exported import unwrapped
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 History = dict[str, list[float]]
@@ -63,10 +64,10 @@ class Task:
         if self.custom_loss:
             return self.custom_loss(outputs, targets)
         if self.regression:
-            return F.mse_loss(outputs, targets)
+            return F.mse_loss(like(outputs, targets), targets)
         scores = outputs if scores is None else scores
-        if scores.shape[1:] == (1,):
-            return F.binary_cross_entropy_with_logits(scores[:, 0], targets.to(scores.dtype))
+        if scores.shape[1:] in _ONE_NUMBER:
+            return F.binary_cross_entropy_with_logits(scores.flatten(), targets.to(scores.dtype))
         return F.cross_entropy(scores, targets)
 
     def accuracies(self, split: str, scores: Tensor, targets: Tensor) -> dict[str, float]:
@@ -163,11 +164,18 @@ class Output(NamedTuple):
     scores: Tensor
 
 
+def like(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Outputs in the shape of targets, where they are one number for each sample."""
+    return outputs.reshape(targets.shape) if outputs.shape[1:] in _ONE_NUMBER and targets[0].numel() == 1 else outputs
+
+
+_ONE_NUMBER = ((1,), ())  # for each sample
+_RESHAPES = ("squeeze", "unsqueeze", "flatten", "view", "reshape")
 _JUDGED_BEFORE = ("softmax", "logsoftmax", "log_softmax", "sigmoid", "argmax")
 
 
 class _Noting(TorchFunctionMode):
-    """Remembers what softmaxes and sigmoids were given."""
+    """Remembers what softmaxes and sigmoids were given, also where their results are then reshaped."""
 
     NAMES = (*_JUDGED_BEFORE, "special_softmax", "special_log_softmax", "special_expit")
 
@@ -177,12 +185,18 @@ class _Noting(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") in self.NAMES:
-            self._made.append((result, args[0] if args else kwargs["input"]))
+        name = getattr(func, "__name__", "")
+        if name in self.NAMES:
+            self._made.append((result, self._before(args[0] if args else kwargs["input"])))
+        elif name in _RESHAPES and args and (before := self._before(args[0])) is not args[0]:
+            self._made.append((result, before))
         return result
 
+    def _before(self, value: Tensor) -> Tensor:
+        return next((given for made, given in self._made if made is value), value)
+
     def output(self, returned: Tensor) -> Output:
-        return Output(returned, next((given for made, given in self._made if made is returned), returned))
+        return Output(returned, self._before(returned))
 
 
 def finished(model: QModel, values: Tensor) -> Output:
@@ -197,8 +211,8 @@ def output_of(model: nn.Module, x: Tensor, shapes: Sequence[Shape] = ()) -> Outp
     if isinstance(model, QModel):
         return finished(model, model(x))
     noting = _Noting()
-    with noting:
-        returned = joined(model(*parted(x, shapes)))
+    with noting:  # which does not see what is compiled
+        returned = joined(unwrapped(model)(*parted(x, shapes)))
     return noting.output(returned)
 
 
@@ -219,7 +233,7 @@ def evaluate(model: nn.Module, task: Task) -> dict[str, float]:
 
 def accuracy(scores: Tensor, classes: Tensor) -> float:
     """Share of samples whose largest score is that of their class; a single score is positive for class 1."""
-    found = scores[:, 0] > 0 if scores.shape[1:] == (1,) else scores.argmax(1)
+    found = scores.flatten() > 0 if scores.shape[1:] in _ONE_NUMBER else scores.argmax(1)
     return float((found == classes).double().mean())
 
 

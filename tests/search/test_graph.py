@@ -1,3 +1,6 @@
+import warnings
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +16,7 @@ from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.search import quantizers
 from hmq_fpga.search.calibrate import scheme_of
 from hmq_fpga.search.freeze import freeze, run_codes
-from hmq_fpga.search.layers import joined
+from hmq_fpga.search.layers import Function, joined
 from hmq_fpga.search.quantizers import Grid, TrainedGrid
 from hmq_fpga.search.reading import instrument
 from hmq_fpga.study.tasks import TASKS
@@ -143,6 +146,12 @@ class Idioms(nn.Module):
         return self.last(x.view(-1, 2, 2, 2).flatten(2).contiguous().view(x.size(0), -1))
 
 
+def lazy():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # lazy modules are new, says PyTorch
+        return nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d())
+
+
 def tied():
     """Two layers of one weight, of which the clip between them scales each by another factor."""
     first, second = nn.Linear(6, 6), nn.Linear(6, 6)
@@ -244,6 +253,11 @@ class Unusual(nn.Module):
         return self.pruned(self.shared(x) * self.scale)
 
 
+class Classes(nn.Module):
+    def forward(self, x):
+        return x.argmax(1)
+
+
 class TwoInputs(nn.Module):
     """Features, and an image that is flattened with them."""
 
@@ -259,7 +273,87 @@ class TwoInputs(nn.Module):
         }
 
 
+class Constants(nn.Module):
+    """A class token, positions, masks and zeros beside values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.gate = nn.Linear(3, 6), nn.Linear(6, 6)
+        self.token, self.positions = nn.Parameter(torch.randn(1, 1, 6)), nn.Parameter(torch.randn(5, 1, 6))
+        self.register_buffer("chosen", torch.arange(6) % 2 == 0)
+        self.register_buffer("order", torch.tensor([3, 1, 0]))
+        self.last = nn.Linear(9, 3)
+
+    def forward(self, x):  # (batch, 4, 3)
+        x = torch.cat([self.token.expand(x.size(0), -1, -1), self.embed(x)], 1)
+        x = (x.transpose(0, 1) + self.positions).transpose(0, 1).masked_fill(self.chosen, 0.5)
+        y = torch.maximum(x, torch.zeros_like(x)).mean(1)
+        y = torch.where(self.chosen, y, torch.tanh(self.gate(y))).clamp(-4, 4)
+        picked = torch.gather(y, 1, self.order.expand(len(y), -1))
+        return self.last(torch.cat([y, picked * y.new_ones(3)], 1))
+
+
+class Turned(nn.Module):
+    """Batches that are not the first dimension, or are one with the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(12, 3)
+        self.members = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):  # (batch, 5, 3)
+        steps = F.relu(self.first(x.transpose(0, 1)) * 0.5 + 1)
+        rows = torch.tanh(self.norm(self.first(x.reshape(-1, 3)))).view(x.size(0), -1, 4)
+        joined = torch.lerp(steps.transpose(0, 1), rows, 0.25)
+        mean = torch.stack([member(joined[:, -1]) for member in self.members]).mean(0)
+        crossed = (self.members[0].weight @ mean.T).T
+        return self.last(torch.cat([mean, joined.min(1).values, F.glu(torch.cat([crossed, mean], 1))], 1))
+
+
+class Numbers(nn.Module):
+    """One number for each sample, inside and returned, behind functions or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 3), nn.Linear(1, 2)
+
+    def forward(self, x):
+        x = self.body(x)
+        score = x[:, 0] * x[:, 1] - 0.5 * x[:, 2].relu()
+        head = self.head(score[:, None])
+        return (
+            torch.sigmoid(head)[:, :1].squeeze(-1),
+            x.sum(1),
+            torch.tanh(x.mean(1) * 0.5).unsqueeze(1),
+            head.view(-1, 1, 2),
+        )
+
+
+class Partial(nn.Module):
+    """Functions that have no value for some numbers that a format holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(8, 2)
+
+    def forward(self, *inputs):
+        x = F.relu(self.first(inputs[0]))
+        return self.last(torch.cat([torch.log(x + 1), torch.sqrt(x)], 1))
+
+
 MODELS = {
+    "constants": (Constants, (4, 3)),
+    "turned": (Turned, (5, 3)),
+    "numbers": (Numbers, (4,)),
+    "partial": (Partial, (4,)),
+    "one number": (
+        lambda: nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1), nn.Sigmoid(), nn.Flatten(0)),
+        (4,),
+    ),
+    "class of each pixel": (
+        lambda: nn.Sequential(nn.Conv2d(2, 3, 1), nn.Softmax(1), Classes()),
+        (2, 3, 2),
+    ),
     "several": (Several, (8,)),
     "functions": (Functions, (5,)),
     "windows": (Windows, (4, 9, 8)),
@@ -474,6 +568,14 @@ def test_sites_and_notes_name_the_users_layers():
     assert model.notes == ("dropout removed: it does nothing in evaluation", "norm folded into conv1")
 
 
+def test_a_function_without_a_value_is_zero_and_has_no_gradient():
+    x = torch.tensor([-1.0, 0.0, 4.0], requires_grad=True)
+    for function, values in ((torch.log, [0.0, -(2.0**15), np.log(4)]), (torch.sqrt, [0.0, 0.0, 2.0])):
+        y = Function(function.__name__, function)(x)
+        assert y.tolist() == pytest.approx(values)
+        assert torch.autograd.grad((y * torch.tensor([1.0, 0.0, 1.0])).sum(), x)[0].tolist() == [0, 0, 0.25]
+
+
 def test_one_quantizer_serves_all_readers_of_an_accumulator():
     net = freeze(randomly_formatted(instrument(MODELS["linear after linear"][0](), (6,)), 0, (4, 4)))
     assert [type(op).__name__ for op in net.ops] == ["Input", "Dense", "Quantize", "Dense"]
@@ -564,6 +666,50 @@ class Rows(nn.Module):
         return self.fc(self.rows(x.long()).flatten(1))
 
 
+class Written(Shift):
+    def forward(self, x):
+        x = self.fc(x)
+        x[:, 0] = 0
+        return x * 2
+
+
+class Chosen(Shift):
+    def forward(self, x):
+        x = self.fc(x)
+        return torch.where(x > 0, x, x / 4)
+
+
+class Cast(Shift):
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.fc(x).float()
+
+
+class Data(Shift):
+    def forward(self, x):
+        return Answer(self.fc(x))
+
+
+@dataclass
+class Answer:
+    logits: torch.Tensor
+
+
+class Empty(Shift):
+    def forward(self, x):
+        return F.linear(x, self.fc.weight[:0])
+
+
+class Exits(Shift):
+    def forward(self, x):
+        raise SystemExit(3)
+
+
+class Logarithm(Shift):
+    def forward(self, x):
+        return torch.log(self.fc(x))
+
+
 class NotCopied(Shift):
     def __deepcopy__(self, memo):
         raise RuntimeError("there is only one of me")
@@ -618,6 +764,22 @@ class Shared(nn.Module):
             (4,),
             r"'dropout' \(dropout\) in test_graph.py:\d+: acts in evaluation too; give it training",
         ),
+        (nn.Sequential(nn.Linear(4, 2), nn.Softmax(0)), (4,), r"'1' \(Softmax\): is taken over the batch; give"),
+        (nn.Sequential(nn.Linear(4, 2), nn.Flatten(0)), (4,), "its output does not keep the batch as its first"),
+        (Empty(), (4,), r"'linear' \(linear\) in test_graph.py:\d+: makes no values"),
+        (
+            lazy(),
+            (4,),
+            "'0' does not know its sizes yet; call the model",
+        ),
+        (nn.Linear(4, 2), (3, 3, 3, 4), r"samples of shape \(3, 3, 3, 4\), hardware takes .* reshape them in forward"),
+        (nn.Sequential(nn.Linear(4, 2), nn.RNNCell(2, 3)), (4,), r"'1' \(RNNCell\): recurrent"),
+        (Written(), (4,), r"in test_graph.py:\d+: writes into a tensor; make a new one"),
+        (Chosen(), (4,), r"'gt' \(gt\) in test_graph.py:\d+: compares .*; use ReLU"),
+        (Cast(), (4,), "a part that runs in its own way, as under autocast"),
+        (Data(), (4,), "cannot read Data: forward must return a tensor, or a tuple, list or dictionary"),
+        (Exits(), (4,), r"in test_graph.py:\d+: 3"),
+        (Logarithm(), (4,), "gives NaN or infinity for random inputs; keep what logarithms"),
         (NotCopied(), (4,), "NotCopied cannot be copied: there is only one of me"),
     ],
     ids=lambda v: v if isinstance(v, str) else None,

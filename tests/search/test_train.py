@@ -158,7 +158,6 @@ def test_a_float_model_gets_its_inputs_one_by_one(digits):
     assert evaluate(model, task)["val_accuracy"] > 0.85
 
 
-@pytest.mark.xfail(strict=False, reason="instrument reads one input")
 def test_a_model_of_several_inputs_is_quantized(digits):
     task = two_inputs(digits)
     torch.manual_seed(0)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from hmq_fpga.deploy.hls.project import HlsProject
 from hmq_fpga.ir import reference
@@ -375,6 +376,117 @@ def test_several_outputs_are_a_regression_of_all_in_a_row(own_model, digits_file
     assert [net.shapes[name] for name in net.outputs] == [(1,), (2,)]
     with pytest.raises(InvalidInput, match=r"2 outputs and the data have classes: give real targets .*\(n, 3\)"):
         run(make_config({**task, **steps, "data": digits_file, "out": tmp_path / "classes"}), Quiet())
+
+
+def halves(digits_file, path, **more):
+    """The digits as two inputs: features of the upper half, an image of the lower one."""
+    with np.load(digits_file) as archive:
+        arrays = {key: archive[key] for key in archive.files}
+    for split in ("x_train", "x_test"):
+        x = arrays.pop(split)
+        arrays |= {f"{split}_0": x[:, :32], f"{split}_1": x[:, 32:].reshape(-1, 1, 4, 8)}
+    np.savez(path, **(arrays | more))
+    return path
+
+
+def commanded(*arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "hmq_fpga", *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_two_inputs_from_the_command_line(own_model, digits_file, tmp_path):
+    """The whole road, the project again on other data, the page again, and the QNet by itself."""
+    folder, data = tmp_path / "run", halves(digits_file, tmp_path / "halves.npz")
+    (tmp_path / "run.yaml").write_text(
+        f"task: {own_model}:Eyes\ndata: {data}\nout: {folder}\n"
+        "float_steps: 600\nsearch_steps: 150\nfinetune_steps: 200\n"
+    )
+    record = json.loads(commanded("run", tmp_path / "run.yaml", "--json"))
+    metrics = record["metrics"]
+    assert metrics["parity_passed"]
+    assert metrics["qnet_accuracy"] > metrics["float_accuracy"] - 0.1 > 0.65
+    parity = json.loads((folder / "parity.json").read_text())
+    assert {name: s["mismatches"] for name, s in parity["simulators"].items()} == dict.fromkeys(SIMULATORS, 0)
+    net = QNet.load(folder / "qnet")
+    assert [(op.name, op.shape) for op in net.inputs] == [("upper", (32,)), ("lower", (4, 8, 1))]
+    few = {name: array[:40] * 4 for name, array in np.load(data).items() if name.startswith("x_test")}
+    other = halves(digits_file, tmp_path / "few.npz", **few, y_test=np.load(data)["y_test"][:40])
+    assert json.loads(commanded("csim", folder, "--data", other, "--json"))["samples"] == 40
+    (folder / "report.html").unlink()
+    commanded("report", folder)
+    page = (folder / "report.html").read_text()
+    assert "upper" in page
+    assert "lower" in page
+    commanded("convert", folder, "--out", tmp_path / "out")
+    ours, theirs = (made / "hls" / "firmware" / "defines.h" for made in (tmp_path / "out", folder))
+    assert ours.read_text() == theirs.read_text()
+
+
+def test_a_dictionary_of_outputs_of_two_inputs(own_model, digits_file, tmp_path):
+    """One of them a number for each sample behind a sigmoid; targets stand in the order of its keys."""
+    with np.load(digits_file) as archive:
+        x = {split: archive[f"x_{split}"] for split in ("train", "test")}
+    targets = {f"y_{s}": np.stack([x[s].mean(1), x[s][:, :32].mean(1), x[s][:, 32:].mean(1)], 1) for s in x}
+    data = halves(digits_file, tmp_path / "halves.npz", **targets)
+    steps = {"float_steps": 200, "search_steps": 150, "finetune_steps": 50, "rw": 6}
+    config = {"task": f"{own_model}:Named", "data": data, "out": tmp_path / "run", "normalize": True}
+    record = run(make_config(config | steps), Quiet())
+    metrics = record["metrics"]
+    assert metrics["parity_passed"]
+    assert metrics["float_mse"] < 0.05
+    assert metrics["qnet_mse"] < 2 * metrics["float_mse"]
+    told = json.loads((tmp_path / "run" / "outputs.json").read_text())["outputs"]
+    assert [(output["shape"], output["apply"]) for output in told] == [([1], "sigmoid"), ([2], None)]
+
+
+def test_lazy_and_wrapped_models_are_trained_as_they_are(own_model, digits_file, tmp_path):
+    """Their parameters have the names that they have without a wrapper."""
+    images = spoiled_images(tmp_path / "images.npz", digits_file)
+    steps = {"float_steps": 500, "search_steps": 150, "finetune_steps": 150, "estimate": "none"}
+    config = {"task": f"{own_model}:lazy", "data": images, "out": tmp_path / "run"}
+    metrics = run(make_config(config | steps), Quiet())["metrics"]
+    assert metrics["qnet_accuracy"] > metrics["float_accuracy"] - 0.1 > 0.6
+    assert list(torch.load(tmp_path / "run" / "float.pt")) == ["0.weight", "0.bias", "3.weight", "3.bias"]
+    again = config | {"weights": tmp_path / "run" / "float.pt", "out": tmp_path / "again"}
+    assert run(make_config(again | steps), Quiet())["metrics"]["float_accuracy"] == metrics["float_accuracy"]
+
+
+def spoiled_images(path, file):
+    with np.load(file) as archive:
+        np.savez(path, **{k: archive[k].reshape(-1, 1, 8, 8) if k[0] == "x" else archive[k] for k in archive.files})
+    return path
+
+
+@pytest.mark.parametrize("targets", ["classes", "numbers"])
+def test_one_number_for_each_sample(targets, own_model, digits_file, tmp_path):
+    """Behind a sigmoid and a squeeze, in DataParallel."""
+    with np.load(digits_file) as archive:
+        arrays = {key: archive[key] % 2 if key[0] == "y" else archive[key] for key in archive.files}
+    if targets == "numbers":
+        arrays |= {key: arrays[key][:, None].astype(np.float32) for key in ("y_train", "y_test")}
+    np.savez(tmp_path / "odd.npz", **arrays)
+    steps = {"float_steps": 300, "search_steps": 150, "finetune_steps": 200, "estimate": "none"}
+    task = {"task": f"{own_model}:number", "data": tmp_path / "odd.npz", "out": tmp_path / "run"}
+    metrics = run(make_config(task | steps), Quiet())["metrics"]
+    assert metrics["parity_passed"]
+    assert "apply sigmoid" in metrics["outputs"]
+    if targets == "classes":
+        assert metrics["qnet_accuracy"] > metrics["float_accuracy"] - 0.05 > 0.75
+    else:
+        assert metrics["qnet_mse"] < metrics["float_mse"] + 0.05 < 0.2
+    assert all(name.startswith("body.") for name in torch.load(tmp_path / "run" / "float.pt"))
+
+
+def test_a_model_that_returns_the_class(own_model, digits_file, tmp_path):
+    """It is trained by the values before its softmax and argmax."""
+    steps = {"float_steps": 300, "search_steps": 150, "finetune_steps": 100, "estimate": "none"}
+    task = {"task": f"{own_model}:Class", "data": digits_file, "out": tmp_path / "run"}
+    metrics = run(make_config(task | steps), Quiet())["metrics"]
+    assert metrics["qnet_accuracy"] > metrics["float_accuracy"] - 0.05 > 0.8
+    assert "apply argmax" in metrics["outputs"]
 
 
 def test_normalized_inputs_reach_everything(own_model, digits_file, tmp_path):

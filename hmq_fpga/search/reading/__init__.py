@@ -91,6 +91,11 @@ def _compare(read: QModel, exported: Exported) -> None:
     read.float()
     tensors: list[Tensor] = tree_leaves(expected)
     given, wanted = read.finish(found), joined(tensors)
+    if not wanted.isfinite().all():
+        raise InvalidInput(
+            "model: gives NaN or infinity for random inputs; keep what logarithms, roots and powers read above zero, "
+            "as by clamp"
+        )
     scale = max(1.0, float(wanted.abs().max()))
     if given.shape != wanted.shape or not torch.allclose(
         given.double(), wanted.double(), rtol=0, atol=_TOLERANCE * scale

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import traceback
 import warnings
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -70,12 +72,19 @@ def export(model: nn.Module, shapes: Sequence[Shape] | Mapping[str, Shape], *, s
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise InvalidInput("model: a ScriptModule cannot be read: give the module that was scripted")
+    if lazy := [name or "model" for name, part in model.named_modules() if is_lazy(part)]:
+        raise InvalidInput(f"model: {lazy[0]!r} does not know its sizes yet; call the model once on a batch of inputs")
     try:
-        module = _copied(_unwrapped(model)).float().eval()
+        module = _copied(unwrapped(model)).float().eval()
     except Exception as error:  # of the user's __deepcopy__
         raise InvalidInput(f"model: {type(model).__name__} cannot be copied: {_first_line(error)}") from error
     keywords = tuple(shapes) if isinstance(shapes, Mapping) else ()
     sizes = list(shapes.values() if isinstance(shapes, Mapping) else shapes)
+    if wrong := [shape for shape in sizes if not 1 <= len(shape) <= 3]:
+        raise InvalidInput(
+            f"model: samples of shape {wrong[0]}, hardware takes (features,), (channels, length) or "
+            "(channels, height, width); give them in such a shape and reshape them in forward"
+        )
     random = torch.Generator().manual_seed(0)
     examples = tuple(torch.randn(BATCH, *shape, generator=random) for shape in sizes)
     examples = examples if signed else tuple(x.abs() for x in examples)
@@ -84,7 +93,7 @@ def export(model: nn.Module, shapes: Sequence[Shape] | Mapping[str, Shape], *, s
             _call(module, examples, keywords)
     except IndexError:
         pass  # of a row that is looked up by a number, of which the operation tells
-    except Exception as error:  # of the user's forward
+    except (Exception, SystemExit) as error:  # of the user's forward
         shown = " and ".join(map(str, sizes))
         raise InvalidInput(
             f"model: does not accept an input of shape {shown}{_place(error)}: {_first_line(error)}"
@@ -94,17 +103,30 @@ def export(model: nn.Module, shapes: Sequence[Shape] | Mapping[str, Shape], *, s
             raise InvalidInput(f"model: {name} holds NaN or infinity; train it again or load another checkpoint")
     arguments = ((), dict(zip(keywords, examples, strict=True))) if keywords else (examples, None)
     batch = {0: Dim.AUTO}
-    dynamic: Any = dict.fromkeys(keywords, batch) if keywords else tuple(batch for _ in examples)
+    dynamic: Any = dict.fromkeys(keywords, batch) if keywords else _each_argument(module, batch, len(examples))
     try:
         with _quiet(), torch.no_grad():
             program = torch.export.export(module, *arguments, strict=False, dynamic_shapes=dynamic)
-    except Exception as error:  # it runs the user's forward: anything can come out of it
+    except (Exception, SystemExit) as error:  # it runs the user's forward: anything can come out of it
         reason = _first_line(error)
+        if "not a known type" in reason:
+            reason = "forward must return a tensor, or a tuple, list or dictionary of such"
         if isinstance(error, GuardOnDataDependentSymNode):
             reason = "which operations it runs depends on the values of its input; hardware always runs the same ones"
         kind = type(model).__name__
         raise InvalidInput(f"model: torch.export cannot read {kind}{_place(error)}: {reason}") from error
     return Exported(program, module, examples, keywords)
+
+
+def is_lazy(module: nn.Module) -> bool:
+    """Whether a layer learns its sizes from its first inputs, and has seen none."""
+    return isinstance(module, LazyModuleMixin) and module.has_uninitialized_params()
+
+
+def _each_argument(module: nn.Module, setting: Any, count: int) -> tuple[Any, ...]:
+    """A setting for each of `forward`'s arguments, those of `*args` in a tuple of their own."""
+    bound = inspect.signature(module.forward).bind(*(setting for _ in range(count)))
+    return tuple(bound.arguments.values())
 
 
 def place(node: fx.Node) -> str:
@@ -122,7 +144,8 @@ def _call(module: nn.Module, examples: Sequence[Tensor], keywords: Sequence[str]
     return module(**dict(zip(keywords, examples, strict=True))) if keywords else module(*examples)
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What DataParallel and its kin, or torch.compile, were given."""
     while isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(module, "_orig_mod"):
         module = next(getattr(module, name) for name in _WRAPPERS if hasattr(module, name))
     return module
@@ -134,7 +157,7 @@ def _copied(module: nn.Module) -> nn.Module:
     copied = copy.deepcopy(module, {id(tensor): tensor.detach().clone() for tensor in computed})
     for part in list(copied.modules()):
         for name, child in part.named_children():
-            setattr(part, name, _unwrapped(child))
+            setattr(part, name, unwrapped(child))
         for key, hook in list(part._forward_pre_hooks.items()):
             if isinstance(hook, BasePruningMethod | WeightNorm | SpectralNorm):
                 hook.remove(part)
@@ -142,7 +165,7 @@ def _copied(module: nn.Module) -> nn.Module:
     return copied
 
 
-def _place(error: Exception) -> str:
+def _place(error: BaseException) -> str:
     """The last place in the user's code that an error came through."""
     frames = [
         f for f in traceback.extract_tb(error.__traceback__) if _TORCH not in f.filename and f.filename != __file__
@@ -151,7 +174,7 @@ def _place(error: Exception) -> str:
     return f" in {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
 
 

@@ -41,7 +41,7 @@ MOVES = frozenset(
         *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel", "view_as", "reshape_as"),
         *("permute", "transpose", "t", "movedim", "moveaxis", "swapaxes", "swapdims", "numpy_T", "mT", "matrix_H"),
         *("slice", "select", "narrow", "chunk", "split", "split_with_sizes", "tensor_split", "unbind", "unsafe_chunk"),
-        *("unsafe_split", "unsafe_split_with_sizes", "index_select", "index", "take_along_dim", "diagonal"),
+        *("unsafe_split", "unsafe_split_with_sizes", "index_select", "index", "gather", "take_along_dim", "diagonal"),
         *("expand", "expand_as", "repeat", "repeat_interleave", "tile", "flip", "fliplr", "flipud", "roll", "rot90"),
         *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle", "unfold", "im2col"),
         *("reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d"),
@@ -90,6 +90,8 @@ def _converted(r: Reader, x: Value, dtype: torch.dtype | None = None, other: Any
 def _linear_layer(r: Reader, x: Value, weight: Tensor, bias: Tensor | None, shape: Shape | None = None) -> Value:
     """`x @ weight.T + bias` over the last dimension."""
     outputs, inputs = weight.shape
+    if not weight.numel():
+        raise UnsupportedLayer("makes no values: one of its sizes is zero")
     layer = nn.Linear(inputs, outputs, device="meta")
     _own(r, layer, weight, bias)
     return r.layer(layer, x, shape=shape)
@@ -111,20 +113,26 @@ def _linear(r: Reader, x: Value, weight: Any, bias: Any = None) -> Value:
 def _matmul(r: Reader, x: Any, other: Any = None, mat2: Any = None, vec: Any = None) -> Value:
     other = next(v for v in (other, mat2, vec) if v is not None)
     if not isinstance(x, Value):  # constant @ value: over the last dimension but one
-        constant, value = require_constant(x, "matrix"), other
-        if constant.ndim != 2 or len(value.shape) < 2:
+        constant, value = _matrix(require_constant(x, "matrix")), other
+        if constant.ndim != 2 or len(r.full_shape(value)) < 2:
             raise UnsupportedLayer("multiplies by a constant of more than two dimensions")
         turned = r.moved(value, lambda i: i.transpose(-1, -2))
         made = _linear_layer(r, turned, constant, None, (*turned.shape[:-1], len(constant)))
         return r.moved(made, lambda i: i.transpose(-1, -2))  # type: ignore[no-any-return]
     if isinstance(other, Value):
         raise UnsupportedLayer("multiplies two matrices that both depend on the input")
+    other = _matrix(other)
     if other.ndim == 1:
         made = _linear_layer(r, x, other[None], None, (*x.shape[:-1], 1))
         return r.reshaped(made, r.shape)
     if other.ndim != 2:
         raise UnsupportedLayer("multiplies by a constant of more than two dimensions")
     return _linear_layer(r, x, _turned(r, other), None)
+
+
+def _matrix(constant: Tensor) -> Tensor:
+    """Without dimensions of one before it."""
+    return constant if constant.ndim < 3 or math.prod(constant.shape[:-2]) > 1 else constant.flatten(0, -2)
 
 
 def _turned(r: Reader, matrix: Tensor) -> Tensor:
@@ -256,18 +264,32 @@ def _scaled(r: Reader, x: Value, scale: Any, shift: Any) -> Value:
     """`x * scale + shift` for constants that fit its shape or widen it."""
     scale, shift = torch.broadcast_tensors(*(torch.as_tensor(c, dtype=torch.float64) for c in (scale, shift)))
     full = torch.broadcast_shapes(r.full_shape(x), scale.shape)
-    scale, shift = (c.reshape(*(1,) * (len(full) - c.ndim), *c.shape) for c in (scale, shift))
-    if len(scale) > 1:
-        raise UnsupportedLayer("a constant with a value for each sample of a batch")
     if full != r.full_shape(x):
         x = r.moved(x, lambda i: i.expand(full))
-    scale, shift, sample = scale[0], shift[0], full[1:]
+    scale, shift = (c.reshape(*(1,) * (len(full) - c.ndim), *c.shape) for c in (scale, shift))
+    if batch := r.batch_axis(x):
+        first = r.moved(x, lambda i: i.movedim(batch, 0))
+        made = _scaled(r, first, scale.movedim(batch, 0), shift.movedim(batch, 0))
+        return r.moved(made, lambda i: i.movedim(0, batch))  # type: ignore[no-any-return]
+    scale, shift = _of_sample(scale), _of_sample(shift)
+    if not (torch.isfinite(scale).all() and torch.isfinite(shift).all()):
+        raise UnsupportedLayer("by a constant that is not finite")
+    scale, shift = torch.broadcast_tensors(scale[0], shift[0])
+    sample = full[1:] or (1,)
+    scale, shift = (c if c.ndim else c[None] for c in (scale, shift))
     along = [axis for axis, n in enumerate(scale.shape) if n > 1]
     if len(along) > 1:
         return r.affine(x, scale.expand(sample).flatten(), shift.expand(sample).flatten(), None)
     axis = along[0] if along else 0
     scale, shift = (c.flatten().expand(sample[axis]).clone() for c in (scale, shift))
     return r.affine(x, scale, shift, axis)
+
+
+def _of_sample(constant: Tensor) -> Tensor:
+    """What a constant holds for each sample, with a batch of one."""
+    if len(constant) > 1 and not torch.equal(constant, constant[:1].expand_as(constant)):
+        raise UnsupportedLayer("a constant with a value for each sample of a batch")
+    return constant[:1]
 
 
 def _merged(r: Reader, layer: nn.Module, x: Value, other: Value) -> Value:
@@ -311,7 +333,8 @@ def _mul(r: Reader, x: Any, other: Any) -> Value:
 def _div(r: Reader, x: Any, other: Any, rounding_mode: Any = None) -> Value:
     if isinstance(other, Value) or rounding_mode is not None:
         raise UnsupportedLayer(
-            "divides by a value that depends on the input, or rounds; division by constants is supported"
+            "divides by a value that depends on the input, or rounds; divide by a constant, or multiply by a function "
+            "such as torch.reciprocal"
         )
     return _scaled(r, x, 1 / torch.as_tensor(other, dtype=torch.float64), 0)
 
@@ -350,13 +373,41 @@ def _maximum(r: Reader, x: Any, other: Any = None, dim: Any = None, keepdim: boo
     return _clamp(r, x, min=_scalar(other)) if isinstance(x, Value) else _clamp(r, other, min=_scalar(x))
 
 
-@_entry("minimum", "min", about="exact, of two values; of a constant: as `clamp`")
-def _minimum(r: Reader, x: Any, other: Any = None) -> Value:
+@_entry("minimum", "min", about="exact, of two values or over dimensions; of a constant: as `clamp`")
+def _minimum(r: Reader, x: Any, other: Any = None, dim: Any = None, keepdim: bool = False) -> Any:
     if other is None:
-        raise UnsupportedLayer("over dimensions is not supported; take the maximum of the negative values")
+        return (_amin(r, x, dim, keepdim), None)
     if isinstance(x, Value) and isinstance(other, Value):
         return _merged(r, Minimum(), x, other)
-    return _clamp(r, x, max=_scalar(other)) if isinstance(x, Value) else _clamp(r, other, max=_scalar(x))  # type: ignore[no-any-return]
+    return _clamp(r, x, max=_scalar(other)) if isinstance(x, Value) else _clamp(r, other, max=_scalar(x))
+
+
+@_entry(about="a sum with a constant share of the difference")
+def _lerp(r: Reader, x: Any, end: Any, weight: Any) -> Value:
+    weight = require_constant(weight, "weight")
+    return _add(r, _mul(r, x, 1 - weight), _mul(r, end, weight))  # type: ignore[no-any-return]
+
+
+@_entry(about="where the condition is a constant: a scale and a shift, folded as a BatchNorm is")
+def _where(r: Reader, condition: Any, x: Any, other: Any) -> Value:
+    if isinstance(condition, Value):
+        raise UnsupportedLayer("chooses by a value that depends on the input; use ReLU, clamp, maximum or minimum")
+    chosen = condition.double()
+    if isinstance(x, Value) and isinstance(other, Value):
+        return _add(r, _mul(r, x, chosen), _mul(r, other, 1 - chosen))  # type: ignore[no-any-return]
+    if isinstance(x, Value):
+        return _scaled(r, x, chosen, torch.where(condition, 0.0, other))
+    return _scaled(r, other, 1 - chosen, torch.where(condition, x, 0.0))
+
+
+@_entry(about="as `where`")
+def _masked_fill(r: Reader, x: Any, mask: Any, value: Any) -> Value:
+    return _where(r, mask, value, x)  # type: ignore[no-any-return]
+
+
+@_entry("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", about="a constant")
+def _constant(r: Reader, x: Value, **_settings: Any) -> Tensor:  # noqa: ARG001
+    return r.of_shape()
 
 
 def _scalar(constant: Any) -> float:
@@ -367,24 +418,51 @@ def _scalar(constant: Any) -> float:
 
 
 @_entry(
-    "cat", "concat", "concatenate", about="of any number of values, along any dimension, on the finest of their grids"
+    "cat",
+    "concat",
+    "concatenate",
+    about="of any number of values, along any dimension, on the finest of their grids; constants are a shift of zeros",
 )
 def _cat(r: Reader, tensors: Sequence[Any], dim: int = 0) -> Value:
-    values = [v for v in tensors if not (isinstance(v, Tensor) and not v.numel())]
-    if not all(isinstance(v, Value) for v in values):
-        raise UnsupportedLayer("joins a constant to values; only values are supported")
+    tensors = [v for v in tensors if not (isinstance(v, Tensor) and not v.numel())]
+    values = [v for v in tensors if isinstance(v, Value)]
     axis = dim % len(r.full_shape(values[0]))
     if axis == 0:
         raise UnsupportedLayer("joins along the batch")
-    return values[0] if len(values) == 1 else r.layer(Concat(axis - 1), *values)
+    shape = _without(r.full_shape(values[0]), (), False)
+    sizes = [r.full_shape(v)[axis] for v in values]
+    joined = (*shape[: axis - 1], sum(sizes), *shape[axis:])
+    made = values[0] if len(values) == 1 else r.layer(Concat(axis - 1), *values, shape=joined)
+    if len(values) == len(tensors):
+        return made
+    constants = [v if isinstance(v, Value) else _of_sample(v).double() for v in tensors]
+
+    def among(parts: Sequence[Tensor]) -> Tensor:
+        """Each of the values' parts in its place among zeros."""
+        rest = iter(parts)
+        batch = len(parts[0])
+        return torch.cat(
+            [
+                next(rest) if isinstance(v, Value) else torch.zeros_like(v).expand(batch, *v.shape[1:])
+                for v in constants
+            ],
+            axis,
+        )
+
+    placed = r.moved(made, lambda i: among(i.split(sizes, axis)))
+    nothing = [torch.zeros(1, *r.full_shape(v)[1:], dtype=torch.float64) for v in values]
+    shifts = [nothing.pop(0) if isinstance(v, Value) else v for v in constants]
+    return _scaled(r, placed, 1, torch.cat(shifts, axis)) if any(map(torch.any, shifts)) else placed
 
 
 @_entry(about="as `cat`")
 def _stack(r: Reader, tensors: Sequence[Any], dim: int = 0) -> Value:
-    if not all(isinstance(v, Value) for v in tensors):
-        raise UnsupportedLayer("joins a constant to values; only values are supported")
-    dim = dim % (len(r.full_shape(tensors[0])) + 1)
-    return _cat(r, [r.moved(v, lambda i: i.unsqueeze(dim)) for v in tensors], dim)  # type: ignore[no-any-return]
+    dims = len(next(r.full_shape(v) for v in tensors if isinstance(v, Value)))
+    dim = dim % (dims + 1)
+    along = dim or 1  # before the batch: behind it, and then the two change places
+    parts = [r.moved(v, lambda i: i.unsqueeze(along)) if isinstance(v, Value) else v.unsqueeze(along) for v in tensors]
+    made = _cat(r, parts, along)
+    return made if dim else r.moved(made, lambda i: i.transpose(0, 1))  # type: ignore[no-any-return]
 
 
 # --- functions of one value ------------------------------------------------------------------------------------------
@@ -506,7 +584,9 @@ def _function(r: Reader, x: Value, **_numbers: Any) -> Any:
     "argmax",
     about="at the very end only, where it is left out: the hardware gives the values before it",
 )
-def _softmax(r: Reader, x: Value, dim: Any = None, half_to_float: bool = False, keepdim: bool = False) -> Finished:  # noqa: ARG001
+def _softmax(r: Reader, x: Value | Finished, dim: Any = None, **_settings: Any) -> Finished:
+    if dim is not None and dim % len(r.full_shape(x) if isinstance(x, Value) else (0, *x.shape)) == 0:
+        raise UnsupportedLayer("is taken over the batch; give the dimension of the scores, such as dim=1")
     if not r.is_last:
         raise UnsupportedLayer("is supported at the very end only, where it is removed; use ReLU here")
     return r.final(x, r.function()[1])
@@ -625,11 +705,16 @@ def _sum_of(window: Shape) -> nn.Module:
 
 def _reduced(r: Reader, x: Value, dim: Any, keepdim: bool, pool: Callable[[Shape], nn.Module]) -> Value:
     """One value for all along dimensions: a window over them."""
-    full = r.full_shape(x)
+    full, batch = r.full_shape(x), r.batch_axis(x) or 0
     dims = sorted(d % len(full) for d in ((dim,) if isinstance(dim, int) else dim or range(len(full))))
-    if 0 in dims:
+    if batch in dims:
         raise UnsupportedLayer("is taken over the batch; name the other dimensions")
-    made = r.shape if "val" in r.node.meta and isinstance(r.node.meta["val"], Tensor) else _without(full, dims, keepdim)
+    if batch:
+        first = r.moved(x, lambda i: i.movedim(batch, 0))
+        made = _reduced(r, first, [d + (d < batch) for d in dims], keepdim, pool)
+        back = batch - (0 if keepdim else sum(d < batch for d in dims))
+        return r.moved(made, lambda i: i.movedim(0, back))  # type: ignore[no-any-return]
+    kept_shape = _without(full, dims, keepdim)
     if dims == list(range(2, len(full))) and len(full) in (3, 4):
         window, kept = full[2:], full[1]
         pooled = r.layer(pool(window), x, shape=(kept, *(1 for _ in window)))
@@ -638,7 +723,7 @@ def _reduced(r: Reader, x: Value, dim: Any, keepdim: bool, pool: Callable[[Shape
         kept, reduced = math.prod(full[d] for d in rest), math.prod(full[d] for d in dims)
         rows = r.moved(x, lambda i: i.permute(0, *rest, *dims).reshape(len(i), kept, reduced))
         pooled = r.layer(pool((reduced,)), rows, shape=(kept, 1))
-    return r.reshaped(pooled, made)
+    return r.reshaped(pooled, kept_shape)
 
 
 def _without(full: Shape, dims: Sequence[int], keepdim: bool) -> Shape:
@@ -658,6 +743,17 @@ def _sum(r: Reader, x: Value, dim: Any = None, keepdim: bool = False) -> Value:
 @_entry(about="over any dimensions but the batch's")
 def _amax(r: Reader, x: Value, dim: Any = None, keepdim: bool = False) -> Value:
     return _reduced(r, x, dim, keepdim, _largest)
+
+
+@_entry(about="as the largest of the negative values")
+def _amin(r: Reader, x: Value, dim: Any = None, keepdim: bool = False) -> Value:
+    return _neg(r, _reduced(r, _neg(r, x), dim, keepdim, _largest))  # type: ignore[no-any-return]
+
+
+@_entry(about="an exact product with a table")
+def _glu(r: Reader, x: Value, dim: int = -1) -> Value:
+    value, gate = r.moved(x, lambda i: i.chunk(2, dim))
+    return r.layer(Multiply(), value, r.layer(Function("sigmoid", torch.sigmoid), gate, shape=gate.shape, name="gate"))
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------------
@@ -716,7 +812,10 @@ _refused(
     "rms_norm",
     reason="divides by a deviation of its own input, which has no exact integer form; use BatchNorm",
 )
-_refused("lstm", "gru", "rnn_tanh", "rnn_relu", reason="recurrent layers are not supported; use convolutions over time")
+_refused(
+    *("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"),
+    reason="recurrent layers are not supported; use convolutions over time",
+)
 _refused(
     "embedding",
     "embedding_bag",
@@ -728,6 +827,14 @@ _refused(
     "max_pool3d",
     "avg_pool3d",
     reason="works on three dimensions; one or two are supported",
+)
+_refused(
+    *("gt", "lt", "ge", "le", "eq", "ne", "greater", "less", "greater_equal", "less_equal", "logical_not"),
+    reason="compares a value that depends on the input; use ReLU, clamp, maximum or minimum",
+)
+_refused(
+    *("fill", "copy", "index_put", "masked_scatter", "slice_scatter", "select_scatter"),
+    reason="writes into a tensor; make a new one by torch.cat, torch.where or a product with a mask",
 )
 _refused("scaled_dot_product_attention", reason="multiplies two matrices that both depend on the input")
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import operator
 import re
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +18,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from hmq_fpga.ir.errors import InvalidInput, UnsupportedLayer
 from hmq_fpga.search.graph import INPUT, Final, Node
-from hmq_fpga.search.layers import Activation, Affine, AvgPool, MaxPool, Move, Shape
+from hmq_fpga.search.layers import (
+    FORMATTED_LAYERS,
+    MERGING_LAYERS,
+    Activation,
+    Affine,
+    AvgPool,
+    Concat,
+    MaxPool,
+    Move,
+    Shape,
+)
 from hmq_fpga.search.reading.draft import Draft
 from hmq_fpga.search.reading.exported import BATCH, Exported, place
 
@@ -100,7 +111,10 @@ class Reader:
             elif node.op == "output":
                 self._end(node)
             else:
-                raise UnsupportedLayer(f"model: {node.target}: {node.op} is not supported")
+                raise UnsupportedLayer(
+                    f"model: forward holds {node.target}, a part that runs in its own way, as under autocast or cond: "
+                    "take that away"
+                )
         return self.draft
 
     def _enter(self, node: fx.Node) -> None:
@@ -120,7 +134,7 @@ class Reader:
         if name.startswith(("_assert", "sym_constrain")) or not (node.users or mutates):
             return
         given: Any = fx.map_arg((node.args, node.kwargs), lambda n: self._values.get(n))
-        values = [v for v in tree_leaves(given) if isinstance(v, Value)]
+        values = [v for v in tree_leaves(given) if isinstance(v, Value | Finished)]
         result: Any
         if name == "sym_size":
             x, dim = given[0]
@@ -135,25 +149,52 @@ class Reader:
                 result = self._apply(node, name, given, values)
             except UnsupportedLayer as error:
                 raise UnsupportedLayer(f"{self.label.where}: {error}") from error
+            except Exception as error:  # an operation as nobody wrote it yet
+                reason = str(error).strip().partition("\n")[0] or repr(error)
+                raise UnsupportedLayer(f"{self.label.where}: cannot be read: {reason}; write it otherwise") from error
         self._values[node] = result
         if mutates:
             self._values[node.args[0]] = result  # type: ignore[index]
 
-    def _apply(self, node: fx.Node, name: str, given: Any, values: list[Value]) -> Any:
-        if name in self._moves and len(values) == 1:
-            return self._moved(values[0], node.target, *given)
+    def _apply(self, node: fx.Node, name: str, given: Any, values: list[Any]) -> Any:
+        if isinstance(values[0], Finished) and name not in FINALS:
+            return self._reshaped_final(
+                values[0], lambda x: self._moved(x, node.target, *_replaced(given, values[0], x))
+            )
+        if name in self._moves and (len(values) == 1 or name.endswith("_as")):
+            first = tree_leaves(given)[0]
+            if isinstance(first, Value):
+                return self._moved(first, node.target, *given)
+            if name.endswith("_as"):
+                return self.of_shape()
+            raise UnsupportedLayer(
+                "looks values up by a number; give them as inputs, or use a Linear of one-hot inputs"
+            )
         read = self._table.get(name)
         if read is None:
             raise UnsupportedLayer("is not supported; see `hmq-fpga layers` for what is")
         return read(self, **_bound(node.target, given, read))
 
+    def _reshaped_final(self, x: Finished, move: Callable[[Value], Value]) -> Finished:
+        """A function that is left out, and then its result in another shape: left out together."""
+        before = Value(x.value.tensor, x.shape)
+        after = move(before)
+        count = torch.arange(1, 1 + BATCH * math.prod(x.shape))
+        if after.index is not None and (len(after.index) != BATCH or not torch.equal(after.index.flatten(), count)):
+            raise UnsupportedLayer(
+                f"comes after {x.final.name}; only shapes may change after that, with the batch first"
+            )
+        function = x.final.function
+        final = replace(x.final, function=lambda y: function(y).reshape(len(y), *after.shape))
+        return Finished(x.value, final, after.shape)
+
     def _end(self, node: fx.Node) -> None:
-        returned = [self._values.get(n) if isinstance(n, fx.Node) else n for n in node.args[0]]  # type: ignore[union-attr]
-        outputs: list[Any] = [v.value if isinstance(v, Finished) else v for v in returned]
+        returned: list[Any] = [self._values.get(n) if isinstance(n, fx.Node) else n for n in node.args[0]]  # type: ignore[union-attr]
         self.label = Label("output", "output", "output", "model")
-        if not outputs or any(not isinstance(v, Value) for v in outputs):
+        if not returned or any(not isinstance(v, Value | Finished) for v in returned):
             raise UnsupportedLayer("model: forward must return a tensor that it computed, or a tuple of such")
-        for value in outputs:
+        returned = [self._squeezed(v) if isinstance(v, Value) and len(self.full_shape(v)) == 1 else v for v in returned]
+        for value in (v.value if isinstance(v, Finished) else v for v in returned):
             try:
                 name = self.settled(value).tensor
             except UnsupportedLayer as error:
@@ -165,6 +206,12 @@ class Reader:
             self.draft.outputs.append(name)
         self.draft.finals = [v.final if isinstance(v, Finished) else None for v in returned]
 
+    def _squeezed(self, x: Value) -> Value | Finished:
+        """One number for each sample: hardware gives a tensor of one value."""
+        if self.is_batch_first(x):
+            return Finished(self.settled(x), Final(name="squeeze", function=lambda y: y.flatten(), shape=(1,)), ())
+        return x
+
     # for the table's entries
 
     @property
@@ -174,8 +221,8 @@ class Reader:
 
     @property
     def is_last(self) -> bool:
-        """Whether the result is only returned."""
-        return all(user.op == "output" for user in self.node.users)
+        """Whether the result is only returned, at most in another shape or as the number of the largest."""
+        return _is_returned(self.node)
 
     def full_shape(self, x: Value) -> Shape:
         """Of the example batch."""
@@ -183,13 +230,52 @@ class Reader:
 
     def layer(self, layer: nn.Module, *sources: Value, shape: Shape | None = None, name: str = "") -> Value:
         """Add a layer that reads these values; its result has the operation's shape where none is given."""
-        settled = [self.settled(source) for source in sources]
         shape = self.shape if shape is None else shape
+        if _is_of_rows(layer) and (turned := self._batch_first(layer, sources, name)):
+            return turned
+        settled = [self.settled(source) for source in sources]
+        if 0 in shape:
+            raise UnsupportedLayer("makes no values: one of its sizes is zero")
+        if not shape:  # one number for each sample
+            return self.moved(self.layer(layer, *settled, shape=(1,), name=name), lambda i: i.flatten())  # type: ignore[no-any-return]
         tensor = self.draft.free(
             _identifier(f"{self.label.name}_{name}" if name else self.label.name, layer, self.label.kind)
         )
         node = Node(name=tensor, sources=tuple(v.tensor for v in settled), path=self.label.path, shape=shape)
         return Value(self.draft.add(node, layer), shape)
+
+    def _batch_first(self, layer: nn.Module, sources: Sequence[Value], name: str) -> Value | None:
+        """The result of a layer that does the same to each row, where the batch is not the first dimension."""
+        if isinstance(layer, Affine) and len(self.full_shape(sources[0])) == 1:
+            return None
+        rows, axes = {self._rows(x) for x in sources}, {self.batch_axis(x) for x in sources}
+        turned: list[Value]
+        if len(rows) == 1 and rows != {1}:
+            axis = 0
+            turned = [self.moved(x, lambda i: i.unflatten(0, (BATCH, -1))) for x in sources]
+        else:
+            axis = (axes.pop() if len(axes) == 1 else 0) or 0
+            if axis == 0 or (isinstance(layer, nn.Linear) and axis == len(self.full_shape(sources[0])) - 1):
+                return None
+            turned = [self.moved(x, lambda i: i.movedim(axis, 0)) for x in sources]
+        if isinstance(layer, Affine) and layer.axis is not None and (axis == 0 or layer.axis + 1 < axis):
+            layer.axis += 1
+        shape = turned[0].shape
+        made = self.layer(
+            layer,
+            *turned,
+            shape=(*shape[:-1], layer.out_features) if isinstance(layer, nn.Linear) else shape,
+            name=name,
+        )
+        return self.moved(made, lambda i: i.movedim(0, axis) if axis else i.flatten(0, 1))  # type: ignore[no-any-return]
+
+    def _rows(self, x: Value) -> int:
+        """How many rows of each sample stand where the batch does, as after `x.view(-1, n)`."""
+        n = 0 if x.index is None or not x.index.ndim else len(x.index)
+        if n <= BATCH or n % BATCH:
+            return 1
+        apart = self.moved(x, lambda i: i.unflatten(0, (BATCH, -1)))
+        return n // BATCH if self.is_batch_first(apart) else 1
 
     def parameter(self, constant: Tensor) -> nn.Parameter:
         """The same one for the same constant: what the user's model shares stays shared."""
@@ -215,11 +301,24 @@ class Reader:
         """`x * weight + bias` along a dimension of the sample."""
         return self.layer(Affine(weight.float(), bias.float(), axis), x, shape=x.shape)
 
-    def final(self, x: Value, function: Callable[[Tensor], Tensor]) -> Finished:
+    def final(self, x: Value | Finished, function: Callable[[Tensor], Tensor]) -> Finished:
         """A function that is left out, since only its result is returned."""
-        x = self.settled(x)
         self.draft.notes.append(f"{self.label.path} removed: the hardware gives the values before it")
-        return Finished(x, Final(name=self.label.kind, function=function, shape=x.shape))
+        if isinstance(x, Finished):
+            before = x.final.function
+            both = replace(x.final, name=self.label.kind, function=lambda y: function(before(y)))
+            return Finished(x.value, both, self.shape)
+        settled, function_of = self.settled(x), function
+        if not x.shape:
+            function_of = lambda y: function(y.flatten())  # noqa: E731
+        return Finished(settled, Final(name=self.label.kind, function=function_of, shape=settled.shape), self.shape)
+
+    def of_shape(self) -> Tensor:
+        """What the operation makes of the shapes of its values alone."""
+        given = fx.map_arg((self.node.args, self.node.kwargs), lambda n: self._values.get(n))
+        args, kwargs = tree_map(lambda v: torch.zeros(self.full_shape(v)) if isinstance(v, Value) else v, given)
+        made: Tensor = _computed(self.node.target, args, kwargs)
+        return made
 
     def nothing(self, x: Value) -> Value:
         """An operation that does nothing in evaluation."""
@@ -250,11 +349,15 @@ class Reader:
 
     def _settle(self, x: Value, index: Tensor) -> Value:
         size, shape = self.draft.size(x.tensor), self.draft.shape(x.tensor)
+        if index.shape == (BATCH,):  # one number for each sample: a tensor of one
+            index = index[:, None]
         if index.ndim == 0 or len(index) != BATCH:
-            raise UnsupportedLayer("does not keep the batch as its first dimension")
-        first, second = index
-        if not torch.equal(torch.where(first > 0, first + size, 0), second) or int(first.max()) > size:
+            raise UnsupportedLayer(
+                "does not keep the batch as its first dimension; leave it there, layers take any number of others"
+            )
+        if not self.is_batch_first(x):
             raise UnsupportedLayer("mixes the samples of a batch")
+        first = index[0]
         if first.shape == shape and torch.equal(first.flatten(), 1 + torch.arange(size)):
             return Value(x.tensor, shape)
         reader, self.label = self.label, x.label or self.label
@@ -262,12 +365,32 @@ class Reader:
         self.label = reader
         return settled
 
+    def batch_axis(self, x: Value) -> int | None:
+        """The dimension of a whole batch that is its samples; None where these are mixed."""
+        if x.index is None:
+            return 0
+        size = self.draft.size(x.tensor)
+        for axis, n in enumerate(x.index.shape):
+            if n == BATCH:
+                first, second = x.index.unbind(axis)
+                if torch.equal(torch.where(first > 0, first + size, 0), second) and int(first.max()) <= size:
+                    return axis
+        return None
+
+    def is_batch_first(self, x: Value) -> bool:
+        """Whether a whole batch has its samples along the first dimension, none of them mixed."""
+        return self.batch_axis(x) == 0
+
     def _moved(self, x: Value, function: Any, args: Any, kwargs: Any) -> Any:
         """What an operation that only moves values makes of one: seen by what it does to their numbers."""
         index = x.index
         if index is None:
-            index = 1 + torch.arange(BATCH * self.draft.size(x.tensor), dtype=torch.float64).reshape(BATCH, *x.shape)
-        args, kwargs = tree_map(lambda v: index if v is x else v, (args, kwargs))
+            index = 1 + torch.arange(BATCH * math.prod(x.shape), dtype=torch.float64).reshape(BATCH, *x.shape)
+        numbers = index.contiguous()  # what it has to be for a view is of no concern
+        args, kwargs = tree_map(lambda v: numbers if v is x else v, (args, kwargs))
+        args, kwargs = tree_map(
+            lambda v: torch.zeros(self.full_shape(v)) if isinstance(v, Value) else v, (args, kwargs)
+        )
         return tree_map(
             lambda i: Value(x.tensor, tuple(i.shape[1:]), i, self.label) if isinstance(i, Tensor) else i,
             function(*args, **kwargs),
@@ -307,10 +430,42 @@ class Reader:
 
 @dataclass(frozen=True, eq=False)
 class Finished:
-    """An output behind a function that is left out."""
+    """An output behind a function that is left out.
+
+    Attributes:
+        value: before it.
+        final: the function.
+        shape: of one sample of its result.
+    """
 
     value: Value
     final: Final
+    shape: Shape
+
+
+FINALS = frozenset(["softmax", "log_softmax", "argmax"])  # of which one may come after another
+_RESHAPES = frozenset(["squeeze", "unsqueeze", "flatten", "unflatten", "view", "reshape", "ravel"])
+
+
+def _is_of_rows(layer: nn.Module) -> bool:
+    """Whether a layer does the same to each row of a sample."""
+    if isinstance(layer, Affine):
+        return layer.axis is not None
+    return isinstance(layer, (nn.Linear, nn.LeakyReLU, *FORMATTED_LAYERS, *MERGING_LAYERS)) and not isinstance(
+        layer, Concat
+    )
+
+
+def _is_returned(node: fx.Node) -> bool:
+    return all(
+        user.op == "output"
+        or (user.op == "call_function" and _name_of(user.target)[0] in {"argmax", *_RESHAPES} and _is_returned(user))
+        for user in node.users
+    )
+
+
+def _replaced(given: Any, old: object, new: object) -> Any:
+    return tree_map(lambda v: new if v is old else v, given)
 
 
 def _identifier(raw: str, layer: nn.Module, kind: str) -> str:

@@ -12,12 +12,25 @@ from typing import Any
 from torch import Tensor, nn
 
 from hmq_fpga.ir.errors import UnsupportedLayer
-from hmq_fpga.search.layers import LINEAR_LAYERS, MOVING_LAYERS, Activation, Affine, AvgPool, Move
+from hmq_fpga.search.layers import (
+    LINEAR_LAYERS,
+    MOVING_LAYERS,
+    Activation,
+    Add,
+    Affine,
+    AvgPool,
+    Concat,
+    Maximum,
+    Minimum,
+    Move,
+    Subtract,
+)
 from hmq_fpga.search.reading.draft import Draft
 from hmq_fpga.search.reading.operations import Clip
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
+_LINEAR_MERGES = (Add, Subtract, Maximum, Minimum, Concat)  # a positive factor of all they read passes through
 _FOLDABLE = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
 
 
@@ -219,13 +232,16 @@ def _takers(draft: Draft, name: str) -> list[nn.Module] | None:
 
 
 def _makers(draft: Draft, name: str) -> list[nn.Module] | None:
-    """The layer with weights that makes `name` in the end, if `name` is all that it is read for."""
+    """The layers with weights that make `name` in the end, if `name` is all that they are read for."""
     if name in draft.inputs or draft.reader(name) is None:
         return None
     layer = draft.layers[name]
     if isinstance(layer, LINEAR_LAYERS):
         return [layer]
-    return _makers(draft, draft.nodes[name].sources[0]) if _is_homogeneous(layer) else None
+    if not (_is_homogeneous(layer) or isinstance(layer, _LINEAR_MERGES)):
+        return None
+    further = [_makers(draft, source) for source in draft.nodes[name].sources]
+    return None if None in further else [maker for makers in further if makers for maker in makers]
 
 
 def _is_homogeneous(layer: nn.Module) -> bool:

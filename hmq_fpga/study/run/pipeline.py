@@ -29,11 +29,13 @@ from hmq_fpga.ir.scheme import Scheme
 from hmq_fpga.search.describe import description
 from hmq_fpga.search.freeze import freeze, outline, run_codes
 from hmq_fpga.search.graph import QModel
-from hmq_fpga.search.layers import Join
+from hmq_fpga.search.layers import Join, parted
 from hmq_fpga.search.methods import check_budget, find_scheme, make_options
 from hmq_fpga.search.reading import instrument
+from hmq_fpga.search.reading.exported import is_lazy, unwrapped
 from hmq_fpga.search.target import Target
-from hmq_fpga.search.train import Listener, Output, accuracy, finetune, finished, fit, predict
+from hmq_fpga.search.train import Listener, Output, accuracy, finetune, finished, fit, like, predict
+from hmq_fpga.search.train import Task as TrainingTask
 from hmq_fpga.search.zeros import ZeroPull, widen_thresholds
 from hmq_fpga.study.data import Dataset, channels_last
 from hmq_fpga.study.pages import run_page as page
@@ -128,9 +130,11 @@ class _Run:
         self.training = training_task(dataset, task.batch_size, config.device)
         torch.manual_seed(config.seed)
         self.model = task.build()
+        self.own = unwrapped(self.model)  # whose names are those of its state dict
+        give_sizes(self.own, self.training)
         if config.weights is not None:
-            load_weights(self.model, config.weights)
-        self.initial = copy.deepcopy(self.model.state_dict())
+            load_weights(self.own, config.weights)
+        self.initial = copy.deepcopy(self.own.state_dict())
         self.read: tuple[str, QModel] | None = None
 
     def check_model(self) -> QModel:
@@ -146,7 +150,7 @@ class _Run:
 
     def instrumented(self) -> QModel:
         """The current float model with its sites: read again only where its parameters have changed since."""
-        digest = _digest(self.model.state_dict())
+        digest = _digest(self.own.state_dict())
         if self.read is None or self.read[0] != digest:
             made = instrument(self.model, self.training.input_shape, input_signed=self.training.input_signed)
             self.read = digest, made
@@ -156,7 +160,7 @@ class _Run:
         """Give the model the parameters that its float training left, where that has been done: those are searched."""
         for path in (self.folder, shared):
             if path is not None and RunFolder(path).look().has(self.float_stage()):
-                _load(self.model, path / "float.pt")
+                _load(self.own, path / "float.pt")
                 return
 
     def everything(self, monitor: Monitor, shared: Path | None, patience_s: float) -> dict[str, Any]:
@@ -290,7 +294,7 @@ class _Run:
 
     def train_float(self, new: Path) -> dict[str, Any]:
         budget = self.budget
-        self.model.load_state_dict(self.initial)
+        self.own.load_state_dict(self.initial)
         if budget.float_steps:
             torch.manual_seed(self.config.seed)
             fit(
@@ -301,13 +305,13 @@ class _Run:
                 seed=self.config.seed,
                 listener=self.listener,
             )
-        torch.save(self.model.cpu().state_dict(), new / "float.pt")
+        torch.save(self.own.cpu().state_dict(), new / "float.pt")
         if self.normalization:
             self.normalization.save(new)
         return {}
 
     def search(self, new: Path) -> dict[str, Any]:
-        _load(self.model, self.folder / "float.pt")
+        _load(self.own, self.folder / "float.pt")
         config = self.config
         model, scheme, history = find_scheme(
             self.instrumented().to(config.device),
@@ -348,7 +352,7 @@ class _Run:
 
     def quantized(self, state: str) -> Any:
         """The instrumented model with the scheme that was found and a saved state."""
-        _load(self.model, self.folder / "float.pt")
+        _load(self.own, self.folder / "float.pt")
         model = self.instrumented()
         model.set_scheme(Scheme.load(self.folder / "scheme.json"))
         _load(model, self.folder / state)
@@ -393,7 +397,7 @@ class _Run:
         parity = compare(self.folder, self.proven, self.hardware)
         write_json(new / "parity.json", {**parity.to_json(), "left_out": self.left_out_so_far()})
         dataset = self.dataset
-        _load(self.model, self.folder / "float.pt")
+        _load(self.own, self.folder / "float.pt")
         self.model.eval()
         net = QNet.load(self.folder / "qnet")
         values = torch.from_numpy(net.decode(reference.run(net, channels_last(dataset.x_test))))
@@ -451,6 +455,22 @@ def require_device(device: str) -> None:
         )
 
 
+def give_sizes(model: nn.Module, task: TrainingTask) -> None:
+    """Let lazy layers learn their sizes from samples, before anything asks for their parameters.
+
+    Raises:
+        InvalidInput: when the model does not take the samples.
+    """
+    if not any(map(is_lazy, model.modules())):
+        return
+    try:
+        with torch.no_grad():
+            model.eval()(*parted(task.x_train[:2].cpu(), task.input_shapes))
+    except Exception as error:  # of the user's forward
+        reason = " ".join(str(error).split("\n", 1)[0].split())
+        raise InvalidInput(f"model: does not accept an input of shape {task.input_shape}: {reason}") from error
+
+
 def load_weights(model: nn.Module, path: Path) -> None:
     """Give a model the state dict in a file, which is never unpickled as anything but tensors.
 
@@ -472,6 +492,10 @@ def check_output(task: str, model: QModel, dataset: Dataset) -> None:
     """Raise `InvalidInput` when a model's output, channels first, is not what the data ask for."""
     output = model.nodes[-1].shape
     if dataset.regression:
+        if any(final and final.name == "argmax" for final in model.finals):
+            raise InvalidInput(
+                f"{task}: argmax has no gradient: give classes as targets, or return the values before it"
+            )
         if output != dataset.y_train.shape[1:]:
             raise InvalidInput(
                 f"{task}: the model's output is {output}, but the targets are {dataset.y_train.shape[1:]}"
@@ -493,7 +517,8 @@ def scores(of: str, output: Output, dataset: Dataset) -> dict[str, float | None]
     """Accuracy of outputs on the test split; of a regression the squared error of what the user's model returns."""
     targets = torch.from_numpy(dataset.y_test)
     if dataset.regression:
-        return {f"{of}_accuracy": None, f"{of}_mse": float((output.returned - targets).double().square().mean())}
+        error = like(output.returned, targets) - targets
+        return {f"{of}_accuracy": None, f"{of}_mse": float(error.double().square().mean())}
     return {f"{of}_accuracy": accuracy(output.scores, targets)}
 
 
