@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -125,6 +126,18 @@ def _linear(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor
             return convolved
 
 
+class _Replaced(torch.autograd.Function):
+    """Values in place of a tensor's, which gets their gradient."""
+
+    @staticmethod
+    def forward(_ctx: Any, values: Tensor, _tensor: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(_ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        return None, grads[0]
+
+
 class QModel(nn.Module):
     """A float model in which every tensor that becomes a type in hardware has a `Site`.
 
@@ -160,6 +173,8 @@ class QModel(nn.Module):
         ]
         readers = {source: i for i, node in enumerate(self.nodes) for source in node.sources}
         self._last_reads = [[name for name, last in readers.items() if last == i] for i in range(len(self.nodes))]
+        layers_of_nodes = zip(self.nodes, self.layers, strict=True)
+        self._moved = {node.name: node.sources[0] for node, x in layers_of_nodes if isinstance(x, MOVING_LAYERS)}
         self._dense = self._of_dense_layers()
         self._formats: dict[str, Fixed] = {}
         self._grids: dict[str, Grid] = {}
@@ -250,9 +265,8 @@ class QModel(nn.Module):
 
     def origin(self, tensor: str) -> str:
         """Where a tensor's format was given to it, if it has one: what only moved its values is passed by."""
-        layers = dict(zip((node.name for node in self.nodes), zip(self.nodes, self.layers, strict=True), strict=True))
-        while tensor in layers and isinstance(layers[tensor][1], MOVING_LAYERS):
-            (tensor,) = layers[tensor][0].sources
+        while tensor in self._moved:
+            tensor = self._moved[tensor]
         return tensor
 
     @property
@@ -270,8 +284,9 @@ class QModel(nn.Module):
     def _looked_up(self, node: Node, x: Tensor, tensor: Tensor) -> Tensor:
         """A function's quantized values, with the gradient of the float ones."""
         read, table = self._formats[self.origin(node.sources[0])], self._tables[node.name]
-        values = table.to(x)[(x.detach() / read.step - read.lo).long()]
-        return values + (tensor - tensor.detach())
+        codes = (x.detach() / read.step).sub_(read.lo)
+        values: Tensor = _Replaced.apply(table.to(x)[codes.long()], tensor)  # type: ignore[no-untyped-call]
+        return values
 
     def _step(self, node: Node, layer: nn.Module) -> float:
         source = min(self._steps[name] for name in node.sources)
