@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from sklearn.utils import Bunch
 
 from hmq_fpga.ir.errors import InvalidInput
-from hmq_fpga.search.train import separated
+from hmq_fpga.search.layers import parted
 from hmq_fpga.study import data
 from hmq_fpga.study.data import Dataset
 from hmq_fpga.study.tasks import training_task
@@ -155,7 +155,7 @@ def test_several_inputs_stand_in_a_row(file):
     assert dataset.x_train.shape == (51, 43)
     expected = np.concatenate([stored["x_test_0"], np.moveaxis(stored["x_test_1"], 1, -1).reshape(30, -1)], 1)
     assert_array_equal(dataset.x_test, expected.astype(np.float32))
-    features, images = separated(torch.from_numpy(dataset.x_test), dataset.input_shapes)
+    features, images = parted(torch.from_numpy(dataset.x_test), dataset.input_shapes)
     assert_array_equal(features, stored["x_test_0"].astype(np.float32))
     assert_array_equal(images, stored["x_test_1"].astype(np.float32))
     task = training_task(dataset, 16)

@@ -19,7 +19,7 @@ fi
 LDFLAGS=
 INCFLAGS="-Ifirmware/ap_types/"
 PROJECT=myproject
-LIB_STAMP=q0a6ef28
+LIB_STAMP=q2d4b4e4
 BASEDIR="$(cd "$(dirname "$0")" && pwd)"
 WEIGHTS_DIR="\"$(sed 's/["\\?]/\\&/g' <<< "${BASEDIR}/firmware/weights")\""
 
