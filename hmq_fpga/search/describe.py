@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hmq_fpga.search.graph import Node, QModel, weight_site
-from hmq_fpga.search.layers import LINEAR_LAYERS, Activation
+from hmq_fpga.search.layers import LINEAR_LAYERS, Activation, Move
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,4 +69,6 @@ def description(model: QModel) -> dict[str, Any]:
 def _kind(layer: Any) -> str:
     if isinstance(layer, Activation):
         return "ReLU" if layer.relu else "quantizer"
+    if isinstance(layer, Move) and layer.is_reshape:
+        return "Flatten" if len(layer.shape) == 1 else "Reshape"
     return type(layer).__name__

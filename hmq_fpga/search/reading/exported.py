@@ -135,7 +135,7 @@ def place(node: fx.Node) -> str:
     for line in reversed(lines):
         if line.startswith('File "') and _TORCH not in line and '"<' not in line:
             file, _, rest = line[6:].partition('", line ')
-            if not file.startswith("torch/"):
+            if not file.startswith("torch/") and Path(file).is_file():  # a notebook's cell is none
                 return f" in {Path(file).name}:{rest.partition(',')[0]}"
     return ""
 
@@ -170,7 +170,7 @@ def _place(error: BaseException) -> str:
     frames = [
         f for f in traceback.extract_tb(error.__traceback__) if _TORCH not in f.filename and f.filename != __file__
     ]
-    frames = [frame for frame in frames if not frame.filename.startswith("<")]
+    frames = [frame for frame in frames if Path(frame.filename).is_file()]
     return f" in {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
 
 

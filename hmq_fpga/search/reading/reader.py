@@ -417,7 +417,8 @@ class Reader:
         else:
             kind = "interpolate" if name.startswith("upsample") else name
             own = raw = f"{path}.{self._numbered(kind)}".strip(".")
-        return Label(own, kind, raw, f"model: layer {own!r} ({kind}){place(node)}")
+        named = f"layer {own!r} ({kind})" if own else kind
+        return Label(own, kind, raw, f"model: {named}{place(node)}")
 
     def _numbered(self, function: str) -> str:
         """A function's name; where there is one such already, with a number."""
