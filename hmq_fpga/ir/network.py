@@ -149,12 +149,12 @@ class QNet:
     @property
     def input_shape(self) -> Shape:
         """Of one sample for `encode`."""
-        return _joined_shape([op.shape for op in self.inputs])
+        return joined_shape([op.shape for op in self.inputs])
 
     @property
     def output_shape(self) -> Shape:
         """Of one sample's output codes."""
-        return _joined_shape([self.shapes[name] for name in self.outputs])
+        return joined_shape([self.shapes[name] for name in self.outputs])
 
     @cached_property
     def output_format(self) -> Fixed:
@@ -185,11 +185,11 @@ class QNet:
 
     def split_inputs(self, x: _Array) -> dict[str, _Array]:
         """The single inputs by op name, each `(batch, *shape)`, of values or codes `(batch, *input_shape)`."""
-        return _split(x, {op.name: op.shape for op in self.inputs})
+        return split_row(x, {op.name: op.shape for op in self.inputs})
 
     def split(self, outputs: _Array) -> dict[str, _Array]:
         """The single outputs by op name, each `(batch, *shape)`, of output codes or values `(batch, *output_shape)`."""
-        return _split(outputs, {name: self.shapes[name] for name in self.outputs})
+        return split_row(outputs, {name: self.shapes[name] for name in self.outputs})
 
     def join(self, tensors: Mapping[str, Codes]) -> Codes:
         """Output codes `(batch, *output_shape)` of the outputs' codes by op name, each `(batch, *shape)`."""
@@ -263,11 +263,13 @@ def naming(op: Op) -> Iterator[None]:
         raise InvalidInput(f"op {op.name!r}: {error}") from error
 
 
-def _joined_shape(shapes: Sequence[Shape]) -> Shape:
+def joined_shape(shapes: Sequence[Shape]) -> Shape:
+    """Of one sample of several tensors that stand in a row; of a single one its own."""
     return shapes[0] if len(shapes) == 1 else (sum(math.prod(shape) for shape in shapes),)
 
 
-def _split(values: _Array, shapes: Mapping[str, Shape]) -> dict[str, _Array]:
+def split_row(values: _Array, shapes: Mapping[str, Shape]) -> dict[str, _Array]:
+    """Tensors `(batch, *shape)` by name, of what holds them in a row, `(batch, values)`, or of a single one."""
     ends = np.cumsum([math.prod(shape) for shape in shapes.values()])[:-1]
     parts = np.split(values.reshape(len(values), -1), ends, 1)
     return {name: part.reshape(-1, *shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}

@@ -226,8 +226,7 @@ class _Linear(_Unary):
         """
         if source.width + self.weight_format.width + int(self.weight.size).bit_length() > MAX_WIDTH:
             raise InvalidInput(f"its sums of {source} times {self.weight_format} may exceed {MAX_WIDTH} bits")
-        terms = np.ones(len(self.matrix), np.int64)
-        sums = Ranges(source.lo * terms, source.hi * terms).weighted(self.matrix, self.bias)
+        sums = Ranges(np.array(source.lo), np.array(source.hi)).scaled(self.matrix, self.bias)
         return Fixed.enclosing(int(sums.lo.min()), int(sums.hi.max()), source.frac + self.weight_format.frac)
 
     def partial_sum_bits(self, source: Fixed) -> int:

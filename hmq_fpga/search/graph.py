@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hmq_fpga.ir.cost import Holds, Step, moments
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Fixed
+from hmq_fpga.ir.network import joined_shape
 from hmq_fpga.ir.scheme import Kind, Scheme
 from hmq_fpga.search.layers import (
     FORMATTED_LAYERS,
@@ -78,12 +79,10 @@ class Final:
     Attributes:
         name: of the function, such as `Tanh`.
         function: of a batch of outputs, `(batch, *shape)`, channels first.
-        shape: of the output for one sample, channels first.
     """
 
     name: str
     function: Callable[[Tensor], Tensor]
-    shape: tuple[int, ...]
 
 
 def weight_site(layer: str) -> str:
@@ -184,8 +183,7 @@ class QModel(nn.Module):
     @property
     def input_shape(self) -> tuple[int, ...]:
         """Of one sample, channels first; several inputs stand in a row, see `layers.joined`."""
-        shapes = list(self.inputs.values())
-        return shapes[0] if len(shapes) == 1 else (sum(map(math.prod, shapes)),)
+        return joined_shape(list(self.inputs.values()))
 
     def _of_dense_layers(self) -> set[str]:
         """Weights and biases of dense layers, and what has a format and is read by one dense layer alone."""

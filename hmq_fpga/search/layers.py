@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-Shape = tuple[int, ...]
+from hmq_fpga.ir.ops import Padding, Shape
+
 _LARGEST = 2.0**15  # stands for infinity in training
-Padding = tuple[tuple[int, int], ...]  # before and after, for each spatial dimension
+_WRAPPERS = ("_orig_mod", "module")  # where torch.compile, and DataParallel and its kin, keep what they wrap
 
 
 # --- places where hardware rounds ------------------------------------------------------------------------------------
@@ -314,3 +315,10 @@ def parted(tensor: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
         return [tensor]
     parts = tensor.split([math.prod(shape) for shape in shapes], 1)
     return [part.unflatten(1, (*shape[1:], shape[0])).movedim(-1, 1) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What DataParallel and its kin, or torch.compile, were given."""
+    while isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(module, "_orig_mod"):
+        module = next(getattr(module, name) for name in _WRAPPERS if hasattr(module, name))
+    return module

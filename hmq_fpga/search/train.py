@@ -12,14 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from hmq_fpga.ir.ops import Shape
 from hmq_fpga.search.graph import QModel
-from hmq_fpga.search.layers import joined, parted
+from hmq_fpga.search.layers import joined, parted, unwrapped
 from hmq_fpga.search.optimizer import RAdam
-from hmq_fpga.search.reading.exported import unwrapped
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 History = dict[str, list[float]]
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

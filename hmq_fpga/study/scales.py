@@ -12,7 +12,8 @@ import torch
 
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Fixed
-from hmq_fpga.search.layers import Shape, parted
+from hmq_fpga.ir.ops import Shape
+from hmq_fpga.search.layers import parted
 from hmq_fpga.search.quantizers import THRESHOLDS, least_threshold_log2
 from hmq_fpga.study.data import Array, Dataset
 from hmq_fpga.study.run.stages import write_json

@@ -12,7 +12,6 @@ import copy
 import io
 import json
 import logging
-import math
 import re
 import shutil
 import tempfile
@@ -37,7 +36,7 @@ from hmq_fpga.deploy.toolchain import GXX, ToolFailed
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.files import check_path, replacing
 from hmq_fpga.ir.fixed import Codes, Fixed
-from hmq_fpga.ir.network import QNet
+from hmq_fpga.ir.network import QNet, joined_shape, split_row
 from hmq_fpga.ir.ops import Flatten, Linear, Op, Scale, Shape, TensorType, joined
 
 RECORD = "hmq_fpga.json"
@@ -191,8 +190,7 @@ class HlsProject:
     @property
     def input_shape(self) -> Shape:
         """Of one sample: the input's, or that of all inputs in a row."""
-        shapes = [tensor.shape for tensor in self._named(self.inputs)]
-        return shapes[0] if len(shapes) == 1 else (sum(map(math.prod, shapes)),)
+        return joined_shape([tensor.shape for tensor in self._named(self.inputs)])
 
     def _named(self, ops: Sequence[str]) -> tuple[Tensor, ...]:
         tensors = {t.op: t for t in self.tensors}
@@ -237,10 +235,9 @@ class HlsProject:
             raise InvalidInput(
                 f"input of shape {x.shape[1:]}: the project takes finite values of shape {self.input_shape}"
             )
-        shapes = [tensor.shape for tensor in self._named(self.inputs)]
-        ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
-        parts = np.split(np.ascontiguousarray(x, np.float32).astype(np.float64).reshape(len(x), -1), ends, 1)
-        return [np.ascontiguousarray(part).reshape(-1, *shape) for part, shape in zip(parts, shapes, strict=True)]
+        shapes = {tensor.op: tensor.shape for tensor in self._named(self.inputs)}
+        parts = split_row(np.ascontiguousarray(x, np.float32).astype(np.float64), shapes)
+        return [np.ascontiguousarray(part) for part in parts.values()]
 
     def _first(self, variable: str) -> Tensor:
         return next(t for t in self.tensors if t.variable == variable)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from hmq_fpga.ir.errors import InvalidInput, UnsupportedLayer
+from hmq_fpga.ir.ops import Shape
 from hmq_fpga.search.graph import Node, QModel
-from hmq_fpga.search.layers import LINEAR_LAYERS, Join, Shape, joined
+from hmq_fpga.search.layers import LINEAR_LAYERS, Join, joined
 from hmq_fpga.search.reading.draft import Draft
 from hmq_fpga.search.reading.exported import BATCH, Exported, export, output_names
 from hmq_fpga.search.reading.operations import MOVES, TABLE

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
+from hmq_fpga.ir.ops import Shape
 from hmq_fpga.search.graph import Final, Node
-from hmq_fpga.search.layers import Shape
 
 
 @dataclass

@@ -17,17 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from hmq_fpga.ir.errors import InvalidInput
-from hmq_fpga.search.layers import Shape
+from hmq_fpga.ir.ops import Shape
+from hmq_fpga.search.layers import unwrapped
 
 BATCH = 2  # of the example inputs
-_WRAPPERS = ("_orig_mod", "module")  # where torch.compile, and DataParallel and its kin, keep what they wrap
 _TORCH = str(Path(torch.__file__).parent)
 
 
@@ -39,7 +38,7 @@ class Exported:
         program: what PyTorch made of it; operations are PyTorch's own, parameters and buffers are inputs.
         module: a copy of the user's module in evaluation mode, without wrappers.
         examples: a batch of inputs, in the order of the program.
-        outputs: names of the outputs where the module returns a dictionary; else empty.
+        keywords: names of the inputs where the module takes them by keyword; else empty.
     """
 
     program: ExportedProgram
@@ -111,6 +110,8 @@ def export(model: nn.Module, shapes: Sequence[Shape] | Mapping[str, Shape], *, s
         reason = _first_line(error)
         if "not a known type" in reason:
             reason = "forward must return a tensor, or a tuple, list or dictionary of such"
+        from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode  # late: it brings sympy
+
         if isinstance(error, GuardOnDataDependentSymNode):
             reason = "which operations it runs depends on the values of its input; hardware always runs the same ones"
         kind = type(model).__name__
@@ -142,13 +143,6 @@ def place(node: fx.Node) -> str:
 
 def _call(module: nn.Module, examples: Sequence[Tensor], keywords: Sequence[str]) -> Any:
     return module(**dict(zip(keywords, examples, strict=True))) if keywords else module(*examples)
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """What DataParallel and its kin, or torch.compile, were given."""
-    while isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel) or hasattr(module, "_orig_mod"):
-        module = next(getattr(module, name) for name in _WRAPPERS if hasattr(module, name))
-    return module
 
 
 def _copied(module: nn.Module) -> nn.Module:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hmq_fpga.ir.errors import UnsupportedLayer
+from hmq_fpga.ir.ops import Shape
 from hmq_fpga.search.layers import (
     Activation,
     Add,
@@ -27,7 +28,6 @@ from hmq_fpga.search.layers import (
     Minimum,
     Multiply,
     Pad,
-    Shape,
     Subtract,
     Upsample,
 )
@@ -163,17 +163,11 @@ def _einsum(r: Reader, equation: str, tensors: Sequence[Any]) -> Value:
     x = r.moved(x, lambda i: i.permute([ours.index(c) for c in (*kept, *summed)]).flatten(len(kept)))
     matrix = constant.permute([theirs.index(c) for c in (*new, *summed)])
     matrix = matrix.reshape(math.prod(matrix.shape[: len(new)]), -1)
-    sizes = {c: n for c, n in zip(theirs, constant.shape, strict=True) if c in new}
+    sizes = [n for c, n in zip(theirs, constant.shape, strict=True) if c in new]
     y = _linear_layer(r, x, matrix, None, (*x.shape[:-1], len(matrix)))
     order = [*kept, *new]
     return r.moved(  # type: ignore[no-any-return]
-        y,
-        lambda i: (
-            i.unflatten(-1, [sizes[c] for c in new] or [1])
-            .flatten(-1 if new else -2)
-            .reshape([*i.shape[:-1], *(sizes[c] for c in new)])
-            .permute([order.index(c) for c in made])
-        ),
+        y, lambda i: i.reshape([*i.shape[:-1], *sizes]).permute([order.index(c) for c in made])
     )
 
 
@@ -542,21 +536,8 @@ def _prelu(r: Reader, x: Value, weight: Any) -> Value:
 
 _FUNCTIONS = (
     *("tanh", "sigmoid", "gelu", "silu", "elu", "selu", "celu", "softplus", "mish", "hardsigmoid", "hardswish"),
-    *(
-        "log_sigmoid",
-        "hardshrink",
-        "softshrink",
-        "tanhshrink",
-        "threshold",
-        "abs",
-        "absolute",
-        "exp",
-        "expm1",
-        "erf",
-        "sin",
-        "cos",
-    ),
-    *("atan", "sinh", "cosh", "sign", "sqrt", "log1p", "log", "rsqrt", "reciprocal", "rrelu"),
+    *("log_sigmoid", "hardshrink", "softshrink", "tanhshrink", "threshold", "abs", "absolute", "exp", "expm1", "erf"),
+    *("sin", "cos", "atan", "sinh", "cosh", "sign", "sqrt", "log1p", "log", "rsqrt", "reciprocal", "rrelu"),
 )
 _FINAL = ("sigmoid", "tanh", "log_sigmoid")
 
@@ -667,7 +648,7 @@ def _avg_pool(
 
 @_entry("adaptive_avg_pool1d", "adaptive_avg_pool2d", about="as `avg_pool2d`, to sizes that divide")
 def _adaptive_avg_pool(r: Reader, x: Value, output_size: Any) -> Value:  # noqa: ARG001
-    window = _adaptive_window(r, x, r.shape)
+    window = _adaptive_window(x.shape, r.shape)
     return r.layer(AvgPool(window, window), x)
 
 
@@ -675,12 +656,12 @@ def _adaptive_avg_pool(r: Reader, x: Value, output_size: Any) -> Value:  # noqa:
 def _adaptive_max_pool(r: Reader, x: Value, output_size: Any) -> Any:
     _no_indices(r)
     made = (x.shape[0], *_each(output_size, len(x.shape) - 1))
-    window = _adaptive_window(r, x, made)
+    window = _adaptive_window(x.shape, made)
     return (r.layer(MaxPool(window, window, ((0, 0),) * len(window)), x, shape=made), None)
 
 
-def _adaptive_window(r: Reader, x: Value, made: Shape) -> Shape:  # noqa: ARG001
-    before, after = x.shape[1:], made[1:]
+def _adaptive_window(source: Shape, made: Shape) -> Shape:
+    before, after = source[1:], made[1:]
     if any(n % m for n, m in zip(before, after, strict=True)):
         raise UnsupportedLayer(f"adaptive pooling of {before} to {after} has windows of unequal size")
     return tuple(n // m for n, m in zip(before, after, strict=True))

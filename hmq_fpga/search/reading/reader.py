@@ -17,18 +17,9 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hmq_fpga.ir.errors import InvalidInput, UnsupportedLayer
+from hmq_fpga.ir.ops import Shape
 from hmq_fpga.search.graph import INPUT, Final, Node
-from hmq_fpga.search.layers import (
-    FORMATTED_LAYERS,
-    MERGING_LAYERS,
-    Activation,
-    Affine,
-    AvgPool,
-    Concat,
-    MaxPool,
-    Move,
-    Shape,
-)
+from hmq_fpga.search.layers import FORMATTED_LAYERS, MERGING_LAYERS, Activation, Affine, AvgPool, Concat, MaxPool, Move
 from hmq_fpga.search.reading.draft import Draft
 from hmq_fpga.search.reading.exported import BATCH, Exported, place
 
@@ -209,7 +200,7 @@ class Reader:
     def _squeezed(self, x: Value) -> Value | Finished:
         """One number for each sample: hardware gives a tensor of one value."""
         if self.is_batch_first(x):
-            return Finished(self.settled(x), Final(name="squeeze", function=lambda y: y.flatten(), shape=(1,)), ())
+            return Finished(self.settled(x), Final(name="squeeze", function=lambda y: y.flatten()), ())
         return x
 
     # for the table's entries
@@ -311,7 +302,7 @@ class Reader:
         settled, function_of = self.settled(x), function
         if not x.shape:
             function_of = lambda y: function(y.flatten())  # noqa: E731
-        return Finished(settled, Final(name=self.label.kind, function=function_of, shape=settled.shape), self.shape)
+        return Finished(settled, Final(name=self.label.kind, function=function_of), self.shape)
 
     def of_shape(self) -> Tensor:
         """What the operation makes of the shapes of its values alone."""

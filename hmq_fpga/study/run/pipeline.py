@@ -29,10 +29,10 @@ from hmq_fpga.ir.scheme import Scheme
 from hmq_fpga.search.describe import description
 from hmq_fpga.search.freeze import freeze, outline, run_codes
 from hmq_fpga.search.graph import QModel
-from hmq_fpga.search.layers import Join, parted
+from hmq_fpga.search.layers import Join, parted, unwrapped
 from hmq_fpga.search.methods import check_budget, find_scheme, make_options
 from hmq_fpga.search.reading import instrument
-from hmq_fpga.search.reading.exported import is_lazy, unwrapped
+from hmq_fpga.search.reading.exported import is_lazy
 from hmq_fpga.search.target import Target
 from hmq_fpga.search.train import Listener, Output, accuracy, finetune, finished, fit, like, predict
 from hmq_fpga.search.train import Task as TrainingTask
