@@ -33,7 +33,7 @@ from hmq_fpga.search.freeze import freeze, run_codes
 from hmq_fpga.search.graph import QModel
 from hmq_fpga.search.methods.hmq import _repair
 from hmq_fpga.search.reading import instrument
-from hmq_fpga.search.target import Target, rate, weight_sites
+from hmq_fpga.search.target import Target, weight_sites
 from hmq_fpga.search.train import Task
 
 CLASSES, SIDE, SMALL_SIDE, BATCH = 1000, 224, 64, 8
@@ -205,8 +205,7 @@ def repaired(model: QModel, task: Task) -> float:
     }
     formats, _ = _repair(model, task, target, formats, limits)
     model.set_scheme(scheme_of(model, formats, {}))
-    sites = weight_sites(model)
-    return rate([formats[s.name].width for s in sites], [s.size for s in sites])
+    return target.bounds(model)[0].reached({name: f.width for name, f in formats.items()})
 
 
 def measure(name: str, turns: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,17 +64,27 @@ def freeze(model: QModel) -> QNet:
     return _Freezer(model).net()
 
 
-def outline(model: QModel) -> QNet:
+def outline(model: QModel, activations: Mapping[str, Fixed] | Mapping[str, int] | None = None) -> QNet:
     """The network that a search will find, but for its numbers; leaves a scheme that means nothing in the model.
+
+    Args:
+        model: without a scheme.
+        activations: formats or bit-widths of its input and activations by name, where they are known.
 
     Raises:
         UnsupportedLayer: as `freeze`.
     """
     limits = [layer.limit_log2 for layer in model.layers if isinstance(layer, Activation)]
     threshold = min([0, *(limit for limit in limits if limit is not None)])
-    formats = {
-        s.name: Fixed.from_threshold(signed=s.signed, bits=OUTLINE_BITS, threshold_log2=threshold) for s in model.sites
-    }
+    known = dict[str, Fixed | int](activations or {})
+    formats = {}
+    for site in model.sites:
+        given = known.get(site.name, OUTLINE_BITS)
+        formats[site.name] = (
+            given
+            if isinstance(given, Fixed)
+            else Fixed.from_threshold(signed=site.signed, bits=given, threshold_log2=threshold)
+        )
     model.set_scheme(scheme_of(model, formats, {}))
     return freeze(model)
 

@@ -190,21 +190,22 @@ class HMQ(nn.Module):
         signed: per tensor, whether its format is signed.
         max_threshold_log2: per tensor, M.
         bits: per tensor, B in ascending order.
-        sizes: per tensor, the elements that `expected_bits` counts.
+        prices: per cost that `expected_costs` tells, and per tensor, what a bit costs.
     """
 
     table: Tensor
-    memory: Tensor  # bits of a tensor by pair, `(tensors, pairs)`
+    costs: Tensor  # of a tensor by pair, `(costs, tensors * pairs)`
 
     def __init__(
         self,
         signed: Sequence[bool],
         max_threshold_log2: Sequence[int],
         bits: Sequence[Sequence[int]],
-        sizes: Sequence[int] | None = None,
+        prices: Sequence[Sequence[float]] = (),
     ) -> None:
         super().__init__()
-        self._signed, self._m, self._sizes = tuple(signed), tuple(max_threshold_log2), tuple(sizes or [0] * len(bits))
+        self._signed, self._m = tuple(signed), tuple(max_threshold_log2)
+        self._prices = torch.tensor(prices, dtype=torch.float64).view(len(prices), len(bits), 1)
         self._choices = max(len(b) for b in bits)
         logits = torch.full((len(bits), THRESHOLDS, self._choices), -math.inf)
         for tensor, b in zip(logits, bits, strict=True):
@@ -224,11 +225,12 @@ class HMQ(nn.Module):
             for s, m, tensor_bits in zip(self._signed, self._m, bits, strict=True)
         ]
         table = torch.zeros(len(bits), THRESHOLDS, self._choices, 4)
-        for tensor, block, size in zip(table, self.candidates, self._sizes, strict=True):
-            tensor[:, : len(block[0])] = torch.tensor([[(*Grid.of(f), f.width * size) for f in row] for row in block])
-        table = table.flatten(1, 2).to(self.logits)
-        self.register_buffer("table", table[:, :, :3].contiguous(), persistent=False)
-        self.register_buffer("memory", table[:, :, 3].contiguous(), persistent=False)
+        for tensor, block in zip(table, self.candidates, strict=True):
+            tensor[:, : len(block[0])] = torch.tensor([[(*Grid.of(f), f.width) for f in row] for row in block])
+        table = table.flatten(1, 2)
+        self.register_buffer("table", table[:, :, :3].contiguous().to(self.logits), persistent=False)
+        costs = (self._prices * table[:, :, 3]).flatten(1)
+        self.register_buffer("costs", costs.to(self.logits), persistent=False)
 
     def sample(self, temperature: float, generator: torch.Generator | None = None) -> Tensor:
         """One draw of the joint distribution over pairs, `(tensors, pairs)` (Eq. 4); `generator` is the CPU's."""
@@ -244,9 +246,9 @@ class HMQ(nn.Module):
         pairs = zip(expected.unbind(), expected.tolist(), strict=True)
         return [TrainedGrid(tensor, Grid(*values)) for tensor, values in pairs]
 
-    def expected_bits(self, p: Tensor) -> Tensor:
-        """Bits of all tensors together under `p`, 0-d (Eq. 7)."""
-        return torch.dot(p.flatten(), self.memory.flatten())
+    def expected_costs(self, p: Tensor) -> list[Tensor]:
+        """Each cost of all tensors together under `p`, 0-d: with sizes as prices the bits of Eq. 7."""
+        return [torch.dot(p.flatten(), costs) for costs in self.costs]
 
     def probabilities(self) -> Tensor:
         """The distribution over pairs without noise, `(tensors, pairs)`."""

@@ -2,30 +2,69 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 from scipy.optimize import LinearConstraint, milp
 
-from hmq_fpga.ir.cost import FLOAT_BITS
+from hmq_fpga.ir.cost import FLOAT_BITS, layer_costs
 from hmq_fpga.ir.errors import InvalidInput
-from hmq_fpga.search.graph import QModel, Site
+from hmq_fpga.ir.fixed import Fixed
+from hmq_fpga.search.freeze import outline
+from hmq_fpga.search.graph import QModel, Site, weight_site
 
-OVERSHOOT = 1.1  # the actual weight rate is at most this many times the target, where bit-widths allow it
+OVERSHOOT = 1.1  # a bound is used up to its part of this, where bit-widths allow it
+DEFAULT_RATE = 8.0
+RATE = "R_w"
+_SLACK = 1e-9
 
 _Values = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Bound:
+    """What the bit-widths of weights may cost together.
+
+    The cost is a sum over the weights: of each its bit-width, times the price of one bit.
+
+    Attributes:
+        name: of the cost.
+        prices: by name of the weight.
+        most: what the sum must not exceed.
+    """
+
+    name: str
+    prices: Mapping[str, float]
+    most: float
+
+    @property
+    def rate(self) -> float:
+        """By which factor the cost of float weights has to shrink: R_w, where each element has the same price."""
+        return FLOAT_BITS * sum(self.prices.values()) / self.most
+
+    def cost(self, bits: Mapping[str, float]) -> float:
+        """Of weights with these bit-widths, by name."""
+        return sum(bits[name] * price for name, price in self.prices.items())
+
+    def reached(self, bits: Mapping[str, float]) -> float:
+        """The factor by which the cost of float weights shrinks with these bit-widths; `rate` asks for one."""
+        return FLOAT_BITS * sum(self.prices.values()) / self.cost(bits)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Target:
-    """What a search has to reach.
+    """What a search has to reach: all bounds that are given; where none is given, R_w = 8.
 
     Attributes:
         weight_rate: R_w, bits of the float weights over bits of the quantized ones.
+        weight_bits: most bits of all weights together, biases not counted.
+        bops: most bit operations for one sample: products x weight bits x activation bits.
         activation_rate: R_a, bits of the largest float activation over those of the costliest quantized one.
         bits: B, the bit-widths that a weight may get.
         tensor_bits: B of single weights, by name or pattern of names; of the input and activations the largest is an
@@ -33,20 +72,24 @@ class Target:
         max_activation_bits: upper bound on the bit-width of activations and input.
     """
 
-    weight_rate: float = 8.0
+    weight_rate: float | None = None
+    weight_bits: float | None = None
+    bops: float | None = None
     activation_rate: float = 4.0
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
     tensor_bits: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     max_activation_bits: int = 8
 
     def __post_init__(self) -> None:
+        if self.weight_rate is self.weight_bits is self.bops is None:
+            object.__setattr__(self, "weight_rate", DEFAULT_RATE)
         for of, bits in {"": self.bits, **{f" of {name!r}": bits for name, bits in self.tensor_bits.items()}}.items():
             if not bits or list(bits) != sorted(set(bits)) or not 1 <= bits[0] <= bits[-1] <= 16:
                 raise InvalidInput(f"bit-widths {list(bits)}{of}: give ascending, different numbers from 1 to 16")
         if not 1 <= self.max_activation_bits <= 16:
             raise InvalidInput(f"activation bit-widths up to {self.max_activation_bits}: give a bound within 1 … 16")
         lowest, highest = FLOAT_BITS / self.bits[-1], FLOAT_BITS / self.bits[0]
-        if not lowest <= self.weight_rate <= highest:
+        if self.weight_rate is not None and not lowest <= self.weight_rate <= highest:
             raise InvalidInput(
                 f"R_w = {self.weight_rate:g} cannot be reached with bit-widths {self.bits[0]} … {self.bits[-1]}: "
                 f"choose from {lowest:g} to {highest:g}"
@@ -57,22 +100,61 @@ class Target:
     def check(self, model: QModel) -> None:
         """Raise `InvalidInput` when R_a leaves a tensor of `model` too few bits, naming it.
 
-        Likewise when `tensor_bits` names a tensor that it does not have, or puts R_w out of reach.
+        Likewise when `tensor_bits` names a tensor that it does not have, or a bound is out of reach.
         """
         names = [site.name for site in model.sites]
         for pattern in self.tensor_bits:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise InvalidInput(f"tensor_bits: no tensor is called {pattern!r}; there are {', '.join(names)}")
         self.activation_bits(model)
-        sizes, choices = [site.size for site in weight_sites(model)], list(self.weight_bits(model).values())
-        highest, lowest = rate([bits[0] for bits in choices], sizes), rate([bits[-1] for bits in choices], sizes)
-        if not lowest <= self.weight_rate <= highest:
-            raise InvalidInput(
-                f"R_w = {self.weight_rate:g} cannot be reached with the bit-widths that tensor_bits allows: "
-                f"choose from {math.ceil(100 * lowest) / 100:g} to {math.floor(100 * highest) / 100:g}"
-            )
+        choices = self.choices(model)
+        narrowest, widest = ({name: bits[end] for name, bits in choices.items()} for end in (0, -1))
+        for bound in self.bounds(model):
+            least, most = bound.reached(widest), bound.reached(narrowest)
+            if bound.name == RATE and not least <= bound.rate <= most:
+                raise InvalidInput(
+                    f"R_w = {bound.rate:g} cannot be reached with the bit-widths that tensor_bits allows: "
+                    f"choose from {math.ceil(100 * least) / 100:g} to {math.floor(100 * most) / 100:g}"
+                )
+            if bound.rate > most:
+                raise InvalidInput(
+                    f"{bound.most:,.0f} {bound.name} are out of reach: the narrowest weights need "
+                    f"{math.ceil(bound.cost(narrowest)):,}"
+                )
 
-    def weight_bits(self, model: QModel) -> dict[str, tuple[int, ...]]:
+    def bounds(self, model: QModel, formats: Mapping[str, Fixed] | None = None) -> tuple[Bound, ...]:
+        """What the bit-widths of the weights of `model` may cost.
+
+        Args:
+            model: the instrumented network.
+            formats: of its input and activations by name; by default of the bit-widths that R_a allows. They matter
+                for bit operations: a layer that reads a sum reads as many bits as the formats of its terms make it.
+        """
+        sizes = {site.name: float(site.size) for site in weight_sites(model)}
+        float_bits = FLOAT_BITS * sum(sizes.values())
+        bounds = []
+        if self.weight_rate is not None:
+            bounds.append(Bound(name=RATE, prices=sizes, most=float_bits / self.weight_rate))
+        if self.weight_bits is not None:
+            bounds.append(Bound(name="weight bits", prices=sizes, most=self.weight_bits))
+        if self.bops is not None:
+            prices = bops_of_a_bit(model, formats or self.activation_bits(model))
+            bounds.append(Bound(name="bit operations", prices=prices, most=self.bops))
+        return tuple(bounds)
+
+    def uniform_bits(self, model: QModel) -> int:
+        """The widest single bit-width of all weights that keeps all bounds.
+
+        Raises:
+            InvalidInput: when the target has bit-widths of single tensors, or the narrowest breaks a bound.
+        """
+        if self.tensor_bits:
+            raise InvalidInput("one bit-width for all weights: leave out tensor_bits, or use a method that mixes them")
+        self.check(model)
+        rate = max(bound.rate for bound in self.bounds(model))
+        return max(bits for bits in self.bits if bits <= FLOAT_BITS / rate * (1 + _SLACK))
+
+    def choices(self, model: QModel) -> dict[str, tuple[int, ...]]:
         """The bit-widths that each weight may get, by name."""
         return {site.name: self._own_bits(site.name) or self.bits for site in weight_sites(model)}
 
@@ -115,44 +197,52 @@ def weight_sites(model: QModel) -> list[Site]:
     return [site for site in model.sites if site.kind == "weight"]
 
 
-def rate(bits: Sequence[int], sizes: Sequence[int]) -> float:
-    """R_w of weight tensors with these bit-widths and sizes (Eq. 7)."""
-    return FLOAT_BITS * sum(sizes) / sum(b * n for b, n in zip(bits, sizes, strict=True))
-
-
-def meets(bits: Sequence[int], sizes: Sequence[int], weight_rate: float) -> bool:
-    """Whether the actual rate keeps the promise: at least the target, at most `OVERSHOOT` times it."""
-    return weight_rate <= rate(bits, sizes) <= OVERSHOOT * weight_rate
-
-
-def cheapest_bits(costs: Sequence[Mapping[int, float]], sizes: Sequence[int], weight_rate: float) -> list[int]:
-    """Bit-widths of least total cost that keep the promise of `meets`.
-
-    A multiple-choice knapsack, solved exactly. Where no choice lies within the overshoot (one tensor holds nearly all
-    weights, say), the one closest above the target.
+def bops_of_a_bit(model: QModel, activations: Mapping[str, Fixed] | Mapping[str, int]) -> dict[str, float]:
+    """Bit operations for one sample that one more bit of a weight costs, by name of the weight.
 
     Args:
-        costs: of each tensor, by the bit-widths that it may get.
-        sizes: elements per tensor.
-        weight_rate: R_w.
+        model: the instrumented network.
+        activations: formats, or bit-widths, of its input and activations by name.
     """
-    rows = [(i, bits, cost) for i, choices in enumerate(costs) for bits, cost in choices.items()]
+    net = outline(copy.deepcopy(model), activations)
+    widths = {op.name: net.formats[op.source].width for op in net.linears}
+    return {weight_site(layer.name): float(layer.macs * widths[layer.name]) for layer in layer_costs(net)}
+
+
+def meets(bits: Mapping[str, float], bounds: Sequence[Bound]) -> bool:
+    """Whether bit-widths of weights keep the promise: all bounds, and one of them used up but for `OVERSHOOT`."""
+    shares = [bound.cost(bits) / bound.most for bound in bounds]
+    return 1 / OVERSHOOT - _SLACK <= max(shares) <= 1 + _SLACK
+
+
+def cheapest_bits(costs: Mapping[str, Mapping[int, float]], bounds: Sequence[Bound]) -> dict[str, int]:
+    """Bit-widths of weights of least total cost that keep the promise of `meets`, by name.
+
+    A multiple-choice knapsack, solved exactly. Where no choice lies within the overshoot (one tensor holds nearly all
+    weights, say), the one closest to a bound.
+
+    Args:
+        costs: of each weight, by the bit-widths that it may get.
+        bounds: on their bit-widths.
+
+    Raises:
+        InvalidInput: when no choice keeps all bounds.
+    """
+    rows = [(i, bits, cost) for i, choices in enumerate(costs.values()) for bits, cost in choices.items()]
     tensor, choice, cost = (np.array(column) for column in zip(*rows, strict=True))
-    bits = np.array(sizes)[tensor] * choice / sum(sizes)  # mean bits per weight that each choice contributes
-    one_each = LinearConstraint(tensor == np.arange(len(sizes))[:, None], 1, 1)
-    most = FLOAT_BITS / weight_rate
+    shares = np.array([[bound.prices[name] / bound.most for name in costs] for bound in bounds])[:, tensor] * choice
+    one_each = LinearConstraint(tensor == np.arange(len(costs))[:, None], 1, 1)
+    within = LinearConstraint(shares, -np.inf, 1 + _SLACK)
 
-    def solve(objective: _Values, least: float) -> _Values | None:
-        slack = 1e-9
-        within = LinearConstraint(bits, least - slack, most + slack)
-        found = milp(objective, constraints=[one_each, within], integrality=np.ones(len(bits)), bounds=(0, 1))
-        values: _Values | None = found.x
-        return values
+    def solve(objective: _Values, *used: LinearConstraint) -> tuple[float, _Values | None]:
+        constraints = [one_each, within, *used]
+        found = milp(objective, constraints=constraints, integrality=np.ones(len(choice)), bounds=(0, 1))
+        return (math.inf, None) if found.x is None else (float(found.fun), found.x)
 
-    x = solve(cost, most / OVERSHOOT)
+    used_up = [solve(cost, LinearConstraint(share, 1 / OVERSHOOT - _SLACK, np.inf)) for share in shares]
+    _, x = min(used_up, key=itemgetter(0))
     if x is None:
-        x = solve(-bits, 0)
+        _, x = min((solve(-share) for share in shares), key=itemgetter(0))
     if x is None:
-        raise AssertionError("Target checks that the smallest bit-widths reach the rate")
-    chosen: list[int] = choice[x > 0.5].tolist()
-    return chosen
+        raise InvalidInput(f"no bit-widths keep {' and '.join(bound.name for bound in bounds)}: allow more of one")
+    return dict(zip(costs, choice[x > 0.5].tolist(), strict=True))

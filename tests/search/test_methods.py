@@ -1,9 +1,12 @@
 import copy
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hmq_fpga.ir import cost, reference
 from hmq_fpga.ir.errors import InvalidInput
@@ -14,7 +17,7 @@ from hmq_fpga.search.methods import METHODS, find_scheme
 from hmq_fpga.search.methods.hmq import HmqOptions, Schedule, missed_rate_slope
 from hmq_fpga.search.optimizer import BETAS, RAdam
 from hmq_fpga.search.reading import instrument
-from hmq_fpga.search.target import Target, cheapest_bits, meets
+from hmq_fpga.search.target import Bound, Target, cheapest_bits, meets
 from hmq_fpga.search.train import Budget, Recorder, evaluate, finetune, fit
 
 
@@ -58,9 +61,9 @@ def test_search_is_reproducible_and_depends_on_the_seed(mlp, digits):
 
 
 def test_schedule_is_the_papers():
-    schedule = Schedule(steps=600, target=Target(weight_rate=12, activation_rate=8), options=HmqOptions())
-    assert [schedule.weight_rate(100 * c) for c in range(6)] == [6, 8, 10, 12, 12, 12]
-    assert [schedule.activation_rate(100 * c) for c in range(6)] == [5, 6, 7, 8, 8, 8]
+    schedule = Schedule(steps=600, options=HmqOptions())
+    assert [schedule.rising(12, 100 * c) for c in range(6)] == [6, 8, 10, 12, 12, 12]
+    assert [schedule.rising(8, 100 * c) for c in range(6)] == [5, 6, 7, 8, 8, 8]
     for start in range(0, 600, 100):
         assert schedule.temperature(start) == 1.0
         assert schedule.temperature(start + 40) == pytest.approx(math.exp(-1e-2 * 50))
@@ -173,15 +176,77 @@ def test_repair_is_recorded(mlp, digits):
     assert all(before == 8 and scheme[name].format.width == after for name, (before, after) in repaired.items())
 
 
+def bound(most, **prices):
+    return Bound(name="cost", prices=prices, most=most)
+
+
 def test_repair_takes_the_cheapest_moves():
-    choices, sizes = (2, 4, 8), (100, 100, 100)
-    figures = [[0.9, 0.5, 0.0], [0.1, 0.05, 0.0], [0.2, 0.01, 0.0]]
-    costs = [dict(zip(choices, row, strict=True)) for row in figures]
-    assert cheapest_bits(costs, sizes, 6) == [8, 4, 4]  # mean 5.33 bits allowed, at least 4.85
-    assert cheapest_bits([{4: 0.0}, *costs[1:]], sizes, 6) == [4, 8, 4]  # the first may get no other
-    lone = cheapest_bits([dict.fromkeys(choices, 0.0)], (100,), 9)
-    assert lone == [2]  # only 4, 8 and 16 can be had: the closest above the target
-    assert not meets(lone, (100,), 9)
+    figures = {"a": [0.9, 0.5, 0.0], "b": [0.1, 0.05, 0.0], "c": [0.2, 0.01, 0.0]}
+    costs = {name: dict(zip((2, 4, 8), row, strict=True)) for name, row in figures.items()}
+    rate_6 = bound(300 * 32 / 6, a=100, b=100, c=100)
+    assert cheapest_bits(costs, [rate_6]) == {"a": 8, "b": 4, "c": 4}  # mean 5.33 bits allowed, at least 4.85
+    assert cheapest_bits(costs | {"a": {4: 0.0}}, [rate_6]) == {"a": 4, "b": 8, "c": 4}  # it may get no other
+    dear = bound(1300, a=200, b=10, c=10)
+    assert cheapest_bits(costs, [rate_6, dear]) == {"a": 4, "b": 8, "c": 4}  # of two bounds one is used up
+    lone = cheapest_bits({"a": {2: 0.0, 4: 0.0, 8: 0.0}}, [bound(32 / 9, a=1)])
+    assert lone == {"a": 2}  # only 2, 4 and 8 can be had: the closest below the bound
+    assert not meets(lone, [bound(32 / 9, a=1)])
+    with pytest.raises(InvalidInput, match="no bit-widths keep cost and cost"):
+        cheapest_bits({"a": {2: 0.0}, "b": {2: 0.0}}, [bound(3, a=1, b=1), bound(9, a=1, b=1)])
+
+
+@given(
+    st.lists(st.dictionaries(st.sampled_from([2, 3, 4, 6, 8]), st.integers(0, 9), min_size=1), min_size=1, max_size=4),
+    st.lists(
+        st.tuples(st.lists(st.integers(1, 9), min_size=4, max_size=4), st.integers(10, 200)), min_size=1, max_size=2
+    ),
+)
+def test_cheapest_bits_are_those_of_trying_all(choices, rows):
+    costs = {str(i): choice for i, choice in enumerate(choices)}
+    bounds = [bound(most, **dict(zip(costs, prices, strict=False))) for prices, most in rows]
+    all_bits = [dict(zip(costs, bits, strict=True)) for bits in itertools.product(*choices)]
+    kept = [bits for bits in all_bits if all(b.cost(bits) <= b.most for b in bounds)]
+    if not kept:
+        with pytest.raises(InvalidInput):
+            cheapest_bits(costs, bounds)
+        return
+    found = cheapest_bits(costs, bounds)
+    assert found in kept
+    if used_up := [bits for bits in kept if meets(bits, bounds)]:
+        assert meets(found, bounds)
+        cost_of = [sum(costs[name][width] for name, width in bits.items()) for bits in (found, *used_up)]
+        assert cost_of[0] == pytest.approx(min(cost_of), abs=1e-3)  # the solver's own gap is 1e-4 of it
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("budget_of", ["weight_bits", "bops"])
+def test_every_method_keeps_other_bounds(method, budget_of, mlp, digits, budget):
+    model = instrumented(mlp, digits)
+    eight = Target().bounds(model)[0].most * 2
+    most = {"weight_bits": eight / 2, "bops": 8 * eight / 2.5}[budget_of]
+    model, scheme, _ = find_scheme(model, digits, budget, Target(**{budget_of: most}), method=method)
+    layers = cost.layer_costs(freeze(model))
+    actual = {"weight_bits": cost.weight_bits(scheme), "bops": sum(layer.bops for layer in layers)}[budget_of]
+    least = 0.6 if method == "uniform" else 1 / 1.1  # which has whole bits only
+    assert least * most <= actual <= most
+
+
+def test_both_of_two_bounds_are_kept(mlp, digits, budget):
+    """The first layer, which reads eight bits as the others do, has the most products: bit operations press there."""
+    model = instrumented(mlp, digits)
+    target = Target(weight_rate=8, bops=8 * 5 * 2600)
+    model, scheme, _ = find_scheme(model, digits, budget, target)
+    assert cost.weight_rate(scheme) >= 8
+    assert sum(layer.bops for layer in cost.layer_costs(freeze(model))) <= 8 * 5 * 2600
+
+
+def test_bounds_out_of_reach(mlp, digits):
+    model = instrumented(mlp, digits)
+    with pytest.raises(InvalidInput, match=r"1,000 bit operations are out of reach: the narrowest weights need 43,520"):
+        Target(bops=1000).check(model)
+    with pytest.raises(InvalidInput, match="weight bits are out of reach"):
+        Target(weight_rate=8, weight_bits=100).check(model)
+    Target(bops=1e9).check(model)  # more than the widest weights need
 
 
 def test_divergence_is_an_error(mlp, digits):

@@ -12,7 +12,6 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from hmq_fpga.ir.cost import FLOAT_BITS
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.ir.scheme import Scheme
@@ -20,7 +19,7 @@ from hmq_fpga.search.calibrate import least_error_format, max_thresholds_log2, s
 from hmq_fpga.search.graph import QModel
 from hmq_fpga.search.optimizer import RAdam
 from hmq_fpga.search.quantizers import HMQ, THRESHOLDS, Grid, initial_gap
-from hmq_fpga.search.target import Target, activation_sites, cheapest_bits, meets, rate, weight_sites
+from hmq_fpga.search.target import Target, activation_sites, cheapest_bits, meets, weight_sites
 from hmq_fpga.search.train import Budget, History, Listener, Recorder, Task, batches, finished, finite
 
 CYCLES = 6
@@ -65,7 +64,6 @@ class Schedule:
     """Temperature and targets by optimizer step (Section 3.3 of the paper)."""
 
     steps: int
-    target: Target
     options: HmqOptions
 
     def cycle(self, step: int) -> int:
@@ -77,15 +75,8 @@ class Schedule:
         updates = step * CYCLES % self.steps * TEMPERATURE_UPDATES // self.steps
         return max(math.exp(-self.options.temperature_rate * updates), self.options.min_temperature)
 
-    def weight_rate(self, step: int) -> float:
-        """R_w, rising in equal steps from 4."""
-        return self._rising(self.target.weight_rate, step)
-
-    def activation_rate(self, step: int) -> float:
-        """R_a, rising in equal steps from 4."""
-        return self._rising(self.target.activation_rate, step)
-
-    def _rising(self, final: float, step: int) -> float:
+    def rising(self, final: float, step: int) -> float:
+        """R_w or R_a, rising in equal steps from 4."""
         first = min(INITIAL_RATE, final)
         return first + (final - first) * min(self.cycle(step) + 1, RISING_CYCLES) / RISING_CYCLES
 
@@ -102,19 +93,23 @@ def hmq(
 ) -> tuple[QModel, Scheme, History]:
     """Train weights and formats together until the targets are met, and repair what is still missing."""
     steps = budget.search_steps
-    schedule = Schedule(steps=steps, target=target, options=options)
+    schedule = Schedule(steps=steps, options=options)
     limits = max_thresholds_log2(model, task)
     weights, activations = weight_sites(model), activation_sites(model)
     sites = (*weights, *activations)
     names = [site.name for site in sites]
-    sizes = [s.size for s in weights] + [0] * len(activations)
-    float_bits = FLOAT_BITS * float(sum(sizes))
+    bounds = target.bounds(model)
+    prices = [[bound.prices.get(name, 0.0) for name in names] for bound in bounds]
+    choices = list(target.choices(model).values())
+
+    def activation_rate(step: int) -> float:
+        return schedule.rising(target.activation_rate, step)
 
     def bits(step: int) -> list[tuple[int, ...]]:
-        activation_bits = target.activation_bits(model, schedule.activation_rate(step))
-        return [*target.weight_bits(model).values(), *((activation_bits[site.name],) for site in activations)]
+        activation_bits = target.activation_bits(model, activation_rate(step))
+        return [*choices, *((activation_bits[site.name],) for site in activations)]
 
-    blocks = HMQ([s.signed for s in sites], [limits[s.name] for s in sites], bits(0), sizes).to(task.x_train.device)
+    blocks = HMQ([s.signed for s in sites], [limits[s.name] for s in sites], bits(0), prices).to(task.x_train.device)
     logit_rate = options.logit_learning_rate or _logit_learning_rate(len(target.bits), steps)
     optimizer = RAdam((model.parameters(), budget.learning_rate), ([blocks.logits], logit_rate))
     recorder = Recorder(listener)
@@ -122,19 +117,23 @@ def hmq(
     every = max(steps // (CYCLES * 25), 1)
     model.train()
     for step, (x, y) in enumerate(batches(task, steps, torch.Generator().manual_seed(seed))):
-        if step and schedule.activation_rate(step) != schedule.activation_rate(step - 1):
+        if step and activation_rate(step) != activation_rate(step - 1):
             blocks.set_bits(bits(step))
-        temperature, weight_rate = schedule.temperature(step), schedule.weight_rate(step)
+        temperature = schedule.temperature(step)
         p = blocks.sample(temperature, noise)
         returned, scores = finished(model, model(x, dict(zip(names, blocks.grids(p), strict=True))))
         task_loss = task.loss(returned, y, scores)
         under = p if options.expected_bits == "gumbel" else blocks.probabilities()
-        expected_bits = blocks.expected_bits(under)
-        expected_rate = float_bits / expected_bits.item()
-        pull = options.penalty * missed_rate_slope(expected_rate, weight_rate) / expected_bits.item()
-        optimizer.step(task_loss + pull * expected_bits if pull else task_loss)
+        loss, expected_rates = task_loss, []
+        for bound, cost in zip(bounds, blocks.expected_costs(under), strict=True):
+            expected = cost.item()
+            expected_rates.append(bound.rate * bound.most / expected)
+            missed = missed_rate_slope(expected_rates[-1], schedule.rising(bound.rate, step))
+            if pull := options.penalty * missed / expected:
+                loss = loss + pull * cost
+        optimizer.step(loss)
         if step % every == 0 or step == steps - 1:
-            chosen_bits = [f.width for f in blocks.chosen()[: len(weights)]]
+            chosen_bits = {name: f.width for name, f in zip(names, blocks.chosen(), strict=True)}
             recorder(
                 step + 1,
                 steps,
@@ -142,9 +141,9 @@ def hmq(
                     "epoch": task.epoch(step + 1),
                     "loss": finite(task_loss),
                     **task.accuracies("batch", scores, y),
-                    "rate_expected": expected_rate,
-                    "rate_actual": rate(chosen_bits, [s.size for s in weights]),
-                    "rate_target": weight_rate,
+                    "rate_expected": expected_rates[0],
+                    "rate_actual": bounds[0].reached(chosen_bits),
+                    "rate_target": schedule.rising(bounds[0].rate, step),
                     "temperature": temperature,
                 },
             )
@@ -176,14 +175,13 @@ def _logit_learning_rate(choices: int, steps: int) -> float:
 def _repair(
     model: QModel, task: Task, target: Target, formats: dict[str, Fixed], limits: dict[str, int]
 ) -> tuple[dict[str, Fixed], dict[str, list[int]]]:
-    """Formats that keep the promise on R_w, and `{tensor: [bit-width before, after]}` of those that changed.
+    """Formats that keep the promise on the bounds, and `{tensor: [bit-width before, after]}` of those that changed.
 
     The moves are those of least total cost, where the cost of giving a tensor another bit-width is the measured rise of
     the loss on training samples when it alone is changed.
     """
-    sites = weight_sites(model)
-    sizes = [site.size for site in sites]
-    if meets([formats[s.name].width for s in sites], sizes, target.weight_rate):
+    bounds = target.bounds(model, {site.name: formats[site.name] for site in activation_sites(model)})
+    if meets({name: f.width for name, f in formats.items()}, bounds):
         return formats, {}
     weights = model.weights
 
@@ -201,9 +199,12 @@ def _repair(
             return float(task.loss(returned, task.y_train[:SAMPLES], scores))
 
     before = loss({})
-    choices = target.weight_bits(model)
-    costs = [{bits: loss({s.name: format_with(s, bits)}) - before for bits in choices[s.name]} for s in sites]
-    wanted = cheapest_bits(costs, sizes, target.weight_rate)
-    repaired = {site.name: format_with(site, bits) for site, bits in zip(sites, wanted, strict=True)}
+    sites, choices = {site.name: site for site in weight_sites(model)}, target.choices(model)
+    costs = {
+        name: {bits: loss({name: format_with(site, bits)}) - before for bits in choices[name]}
+        for name, site in sites.items()
+    }
+    wanted = cheapest_bits(costs, bounds)
+    repaired = {name: format_with(sites[name], bits) for name, bits in wanted.items()}
     changes = {n: [formats[n].width, f.width] for n, f in repaired.items() if f.width != formats[n].width}
     return {**formats, **repaired}, changes

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from hmq_fpga.ir.cost import FLOAT_BITS
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.ir.scheme import Scheme
@@ -43,16 +42,14 @@ def uniform(
     seed: int,  # noqa: ARG001
     listener: Listener,
 ) -> tuple[QModel, Scheme, History]:
-    """The widest single bit-width that meets R_w, and the widest that meets R_a; no training.
+    """The widest single bit-width that meets the bounds on weights, and the widest that meets R_a; no training.
 
     The actual R_w is 32 over a whole number, so it may exceed the target by more than a search's would.
 
     Raises:
         InvalidInput: when the target has bit-widths of single tensors.
     """
-    if target.tensor_bits:
-        raise InvalidInput("method 'uniform' gives all weights one bit-width: leave out tensor_bits, or use hmq")
-    weight_bits = max(b for b in target.bits if b <= FLOAT_BITS / target.weight_rate)
+    weight_bits = target.uniform_bits(model)
     activation_bits = min(target.activation_bits(model).values())
     limits = max_thresholds_log2(model, task)
     values = samples(model, task)
