@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from types import FrameType
 from typing import Any, Protocol
@@ -28,6 +29,7 @@ _THREADS = (
     "TF_NUM_INTRAOP_THREADS",
     "TF_NUM_INTEROP_THREADS",
 )
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
 _busy = threading.Lock()
 
 
@@ -57,11 +59,12 @@ class Processes:
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
         """Have a call done in one of the processes."""
-        try:
-            return self._executor_now().submit(_in_process, function, *arguments)
-        except BrokenExecutor:
-            self._executor = None
-            return self._executor_now().submit(_in_process, function, *arguments)
+        with _signals_kept_back():  # from a new process until it has set its signals up
+            try:
+                return self._executor_now().submit(_in_process, function, *arguments)
+            except BrokenExecutor:
+                self._executor = None
+                return self._executor_now().submit(_in_process, function, *arguments)
 
     def _executor_now(self) -> Executor:
         if self._executor is None:
@@ -141,10 +144,21 @@ def _environment(settings: Mapping[str, str]) -> Iterator[None]:
             del os.environ[key]
 
 
+@contextmanager
+def _signals_kept_back() -> Iterator[None]:
+    resource_tracker.ensure_running()  # its own start would let them through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin() -> None:
     """Prepare a process: a request to stop ends its run, and so does the end of its parent."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _STOPPING:
         signal.signal(number, _stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
