@@ -162,6 +162,8 @@ def layers():
         MaxPool(name="overlap", source="x", window=(3, 2), stride=(2, 1)),
         AvgPool(name="mean", source="x", window=(2, 2), stride=(1, 3)),
         Dense(name="pixels", source="x", **weights(2, 5)),
+        Gather(name="row", source="x", index=np.arange(84).reshape(42, 2)),
+        DepthwiseConv(name="along", source="row", **weights(3, 2), stride=(2,), padding=((1, 0),)),
     )
 
 

@@ -399,6 +399,9 @@ def _write(graph: Any, project: HlsProject) -> None:
             r"-o \$\{PROJECT\}_bridge\.o\n": r"\g<0>wait $!\n",
         },
     )
+    # hls4ml gives this header the guard of its counterpart for images, and a network may need both
+    header = project.folder / "firmware" / "nnet_utils" / "nnet_sepconv1d_latency.h"
+    csim.edit(header, {"NNET_SEPARABLE_CONV2D_LATENCY_H_": "NNET_SEPARABLE_CONV1D_LATENCY_H_"})
     # The testbench writes results with 6 digits: too few to tell codes apart
     precision = {r"std::ofstream fout\(.*": r"\g<0>\n    fout.precision(17);"}
     csim.edit(project.folder / f"{project.top}_test.cpp", precision)
