@@ -116,6 +116,15 @@ def run_again(folder, data, own, tmp_path, *options):
     return again, json.loads(done.stdout)
 
 
+def test_a_bound_on_bit_operations_is_kept_and_shown(undisturbed, digits_file, own_model, tmp_path):
+    folder, record = undisturbed
+    most = record["metrics"]["bops"] * 0.9
+    again, other = run_again(folder, digits_file, own_model, tmp_path, "--bops", f"{most:.0f}")
+    assert most / 1.1 <= other["metrics"]["bops"] <= most
+    assert other["metrics"]["rw_actual"] >= 10
+    assert f"R_w 10, {most:,.0f} bit operations" in (again / "report.html").read_text()
+
+
 def test_other_settings_of_the_verilog_repeat_only_what_they_touch(undisturbed, digits_file, own_model, tmp_path):
     folder, record = undisturbed
     again, other = run_again(folder, digits_file, own_model, tmp_path, "--latency-cutoff", "0")

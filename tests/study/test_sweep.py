@@ -16,7 +16,7 @@ from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.network import QNet
 from hmq_fpga.study.run.diff import diff
 from hmq_fpga.study.sweep import table
-from hmq_fpga.study.sweep.grid import Job, SweepConfig, make_sweep, perform, sweep
+from hmq_fpga.study.sweep.grid import RATES, Job, SweepConfig, make_sweep, perform, sweep
 from hmq_fpga.study.workers import Processes
 from tests.study.workers import die_or_not
 
@@ -244,6 +244,15 @@ def test_one_value_is_a_list_of_it():
         task="digits_mlp", rw=(8.0,), seeds=(3,), methods=("uniform",), settings={"estimate": "none"}
     )
     assert list(config.runs()) == ["uniform-rw8-ra4-seed3"]
+
+
+def test_bounds_of_a_sweep():
+    config = make_sweep({"task": "digits_mlp", "bops": [2e5, 1.5e6], "weight_bits": 3e4})
+    assert [(name, run.rw, run.weight_bits, run.bops) for name, run in config.runs().items()] == [
+        ("hmq-weight_bits30000-bops200000-ra4-seed0", None, 3e4, 2e5),
+        ("hmq-weight_bits30000-bops1500000-ra4-seed0", None, 3e4, 1.5e6),
+    ]
+    assert [run.rw for run in make_sweep({"task": "digits_mlp"}).runs().values()] == list(RATES)
 
 
 def test_a_process_that_dies_fails_its_own_run_only(monkeypatch):

@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.scheme import Scheme
 from hmq_fpga.study.pages.run_plots import finetune_figure, formats_figure, search_figure
+from hmq_fpga.study.run.config import bounds_in, told
 from hmq_fpga.study.run.stages import read_record
 
 PAGE = "report.html"
@@ -48,6 +49,7 @@ def _page(folder: Path) -> str:
         .get_template(f"{PAGE}.jinja")
         .render(
             config=config,
+            asked=told(bounds_in(config)),
             settings=yaml.safe_dump(given(config), sort_keys=False, default_flow_style=None, allow_unicode=True),
             metrics=record.get("metrics", {}),
             stages=record.get("stages", {}),

@@ -47,6 +47,7 @@ def write_sweep_page(folder: Path) -> Path:
         .render(
             task=rows[0]["task"],
             rows=rows,
+            asked={row["run"]: pareto.asked(row) for row in rows},
             groups=[_summary(group) for group in found],
             lut=pareto.lut_axis(rows),
             score=pareto.score_axis(rows),
@@ -92,7 +93,7 @@ def _summary(group: Group) -> dict[str, Any]:
     rates = [row["rw_actual"] for row in group.rows]
     return {
         "method": group.method,
-        "rw": group.rw,
+        "asked": group.asked,
         "ra": group.ra,
         "seeds": len(group.rows),
         "rates": (min(rates), max(rates)),

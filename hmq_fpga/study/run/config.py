@@ -8,10 +8,37 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hmq_fpga.deploy.settings import DEFAULT_PART, Estimate, Hardware, HlsBackend, IoType, LayerSettings, Strategy
 from hmq_fpga.ir.errors import InvalidInput
+
+DEFAULT_RW = 8.0
+BOUNDS = {"rw": "R_w", "weight_bits": "weight bits", "bops": "bit operations"}  # settings, and what people call them
+
+
+def bounds_in(values: Mapping[str, Any], suffix: str = "") -> dict[str, float]:
+    """The bounds among settings or, by their suffix, among metrics."""
+    return {name: value for name in BOUNDS if (value := values.get(name + suffix)) is not None}
+
+
+def missed(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The bounds that a run's network exceeds: what it costs, by the name of their setting."""
+    targets = bounds_in(metrics, "_target")
+    exceeded = {name: metrics[name] for name, most in targets.items() if name != "rw" and metrics[name] > most}
+    return exceeded | ({"rw": metrics["rw_actual"]} if metrics["rw_actual"] < targets.get("rw", 0) else {})
+
+
+def labelled(bounds: Mapping[str, float]) -> str:
+    """Part of a folder's name: `rw8`."""
+    return "-".join(f"{name}{value:.12g}" for name, value in bounds.items())
+
+
+def told(bounds: Mapping[str, float]) -> str:
+    """The same for people: `R_w 8`."""
+    return ", ".join(
+        f"R_w {value:g}" if name == "rw" else f"{value:,.0f} {BOUNDS[name]}" for name, value in bounds.items()
+    )
 
 
 class RunConfig(BaseModel):
@@ -19,7 +46,8 @@ class RunConfig(BaseModel):
 
     Attributes:
         task: a name that `hmq-fpga tasks` lists, or `FILE.py:FUNCTION`.
-        rw, ra: targets R_w and R_a.
+        rw, weight_bits, bops: bounds on the weights, as in `Target`; R_w = 8 where none is given.
+        ra: target R_a.
         bits: bit-widths that a weight may get.
         tensor_bits: the same for single weights, by name (`conv1.weight`) or pattern (`*.weight`); of the input and of
             activations the largest is an upper bound.
@@ -50,7 +78,9 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     task: str
-    rw: float = 8.0
+    rw: float | None = None
+    weight_bits: float | None = Field(default=None, gt=0)
+    bops: float | None = Field(default=None, gt=0)
     ra: float = 4.0
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
     tensor_bits: dict[str, tuple[int, ...]] = Field(default_factory=dict)
@@ -78,11 +108,22 @@ class RunConfig(BaseModel):
     parity_samples: int | None = Field(default=None, ge=1)
     out: Path | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _bounded(cls, values: Any) -> Any:
+        given = isinstance(values, dict) and any(values.get(name) is not None for name in BOUNDS)
+        return values if given or not isinstance(values, dict) else {**values, "rw": DEFAULT_RW}
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """The bounds that are given, by the name of their setting."""
+        return bounds_in(self.model_dump(include=set(BOUNDS)))
+
     @property
     def folder(self) -> Path:
         """The run's folder."""
         name = Path(self.task.rpartition(":")[0]).stem if ":" in self.task else self.task
-        return self.out or Path("hls_projects") / name / f"{self.method}-rw{self.rw:g}-seed{self.seed}"
+        return self.out or Path("hls_projects") / name / f"{self.method}-{labelled(self.bounds)}-seed{self.seed}"
 
     def hardware(self, io_type: IoType) -> Hardware:
         """What was chosen about hardware; `io_type` is the task's, where none was."""

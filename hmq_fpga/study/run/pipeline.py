@@ -77,6 +77,8 @@ def run(config: RunConfig, monitor: Monitor, *, shared: Path | None = None, pati
     task = resolve(config.task)
     target = Target(
         weight_rate=config.rw,
+        weight_bits=config.weight_bits,
+        bops=config.bops,
         activation_rate=config.ra,
         bits=config.bits,
         tensor_bits=config.tensor_bits,
@@ -329,8 +331,8 @@ class _Run:
         scheme.save(new / "scheme.json")
         write_json(new / "search.json", history)
         return {
-            "rw_target": config.rw,
             "rw_actual": cost.weight_rate(scheme),
+            **{f"{name}_target": value for name, value in config.bounds.items()},
             "ra_target": config.ra,
             "ra_actual": cost.activation_rate(model.moments, model.formats),
         }

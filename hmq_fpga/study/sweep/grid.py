@@ -19,12 +19,13 @@ from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.study import interrupt
 from hmq_fpga.study.monitor import Bars
 from hmq_fpga.study.pages.sweep_page import write_sweep_page
-from hmq_fpga.study.run.config import RunConfig, make_config, read_settings
+from hmq_fpga.study.run.config import BOUNDS, RunConfig, labelled, make_config, read_settings
 from hmq_fpga.study.run.pipeline import check_run, require_device, run, train_baseline
 from hmq_fpga.study.run.stages import check_ours
 from hmq_fpga.study.sweep import table
 from hmq_fpga.study.workers import Given, Processes, Workers, cluster, cores, exclusive
 
+RATES = (4.0, 6.0, 8.0, 10.0, 12.0, 14.0, 15.5)
 POLL_S = 0.5  # between two looks at the runs
 PATIENCE_S = 60.0  # for a process of an earlier sweep to leave a run's folder
 ATTEMPTS = 2  # at a run whose process died
@@ -35,7 +36,8 @@ class SweepConfig(BaseModel):
 
     Attributes:
         task: a name that `hmq-fpga tasks` lists, or `FILE.py:FUNCTION`.
-        rw, ra: targets R_w and R_a.
+        rw, weight_bits, bops: bounds on the weights, as of a run; where none is given, seven R_w.
+        ra: targets R_a.
         methods: search methods.
         seeds: of everything random.
         out: folder of the sweep.
@@ -45,14 +47,16 @@ class SweepConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     task: str
-    rw: tuple[float, ...] = Field(default=(4.0, 6.0, 8.0, 10.0, 12.0, 14.0, 15.5), min_length=1)
+    rw: tuple[float, ...] = ()
+    weight_bits: tuple[float, ...] = ()
+    bops: tuple[float, ...] = ()
     ra: tuple[float, ...] = Field(default=(4.0,), min_length=1)
     methods: tuple[str, ...] = Field(default=("hmq",), min_length=1)
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     out: Path | None = None
     settings: dict[str, Any] = Field(default_factory=dict)
 
-    @field_validator("rw", "ra", "methods", "seeds", mode="before")
+    @field_validator(*BOUNDS, "ra", "methods", "seeds", mode="before")
     @classmethod
     def _one_or_more(cls, value: Any) -> Any:
         """Without repetitions; one value stands for a list of it."""
@@ -72,9 +76,11 @@ class SweepConfig(BaseModel):
         base, settings = self.folder.resolve(), dict(self.settings)
         if data := settings.get("data"):
             settings["data"] = Path(data).resolve()  # workers may have another working directory
+        given = {name: values for name in BOUNDS if (values := getattr(self, name))} or {"rw": RATES}
+        bounds = [dict(zip(given, values, strict=True)) for values in product(*given.values())]
         names = {
-            f"{method}-rw{rw:g}-ra{ra:g}-seed{seed}": {"method": method, "rw": rw, "ra": ra, "seed": seed}
-            for method, rw, ra, seed in product(self.methods, self.rw, self.ra, self.seeds)
+            f"{method}-{labelled(bound)}-ra{ra:g}-seed{seed}": {"method": method, **bound, "ra": ra, "seed": seed}
+            for method, bound, ra, seed in product(self.methods, bounds, self.ra, self.seeds)
         }
         return {
             name: make_config({"task": _task(self.task), **settings, **point, "out": base / name})

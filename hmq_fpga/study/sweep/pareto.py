@@ -8,6 +8,8 @@ from itertools import permutations
 from statistics import fmean
 from typing import Any, Literal
 
+from hmq_fpga.study.run.config import bounds_in, told
+
 Row = Mapping[str, Any]
 
 STAGES = ("impl", "vsynth", "csynth", "yosys", "trace", "model")  # of resources, the most telling first
@@ -48,12 +50,12 @@ class Group:
     """The runs that differ in their seed only.
 
     Attributes:
-        method, rw, ra: what they have in common; the targets.
+        method, asked, ra: what they have in common; the bounds on the weights in words, and R_a.
         rows: their rows of the table.
     """
 
     method: str
-    rw: float
+    asked: str
     ra: float
     rows: tuple[Row, ...]
 
@@ -73,11 +75,16 @@ class Group:
 
 def groups(rows: Iterable[Row]) -> list[Group]:
     """Finished runs by method and targets, in the order of the table."""
-    found: dict[tuple[str, float, float], list[Row]] = {}
+    found: dict[tuple[str, str, float], list[Row]] = {}
     for row in rows:
         if row["state"] == "done":
-            found.setdefault((row["method"], row["rw_target"], row["ra_target"]), []).append(row)
-    return [Group(method=m, rw=rw, ra=ra, rows=tuple(members)) for (m, rw, ra), members in found.items()]
+            found.setdefault((row["method"], asked(row), row["ra_target"]), []).append(row)
+    return [Group(method=m, asked=a, ra=ra, rows=tuple(members)) for (m, a, ra), members in found.items()]
+
+
+def asked(row: Row) -> str:
+    """The bounds on the weights of a run, in words."""
+    return told(bounds_in(row, "_target"))
 
 
 def lut_axis(rows: Sequence[Row]) -> Axis | None:

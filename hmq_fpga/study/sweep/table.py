@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hmq_fpga.ir.errors import InvalidInput
+from hmq_fpga.study.run.config import BOUNDS
 from hmq_fpga.study.run.stages import read_record, write_json
 
 SWEEP = "sweep.json"
@@ -93,7 +94,7 @@ def _row(folder: Path, run: Mapping[str, Any], error: str | None) -> dict[str, A
         "task": config["task"],
         "method": config["method"],
         "seed": config["seed"],
-        "rw_target": config["rw"],
+        **{f"{name}_target": config.get(name) for name in BOUNDS},
         "ra_target": config["ra"],
     }
     finished = None if error else _finished(folder / run["folder"], config)

@@ -90,7 +90,7 @@ def sweep_summary(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Group:
     axes = {pareto.RATE: ".2f", score: ".4g", pareto.BOPS: ",.0f"} | ({lut: ",.0f"} if lut else {})
     lines = [
         (
-            *(escape(group.method), f"{group.rw:g}", f"{group.ra:g}", str(len(group.rows))),
+            *(escape(group.method), group.asked, f"{group.ra:g}", str(len(group.rows))),
             *(f"{spread[0]:{style}}" if (spread := group.spread(axis)) else "–" for axis, style in axes.items()),
             "bit-exact" if all(row["parity_passed"] for row in group.rows) else "[red]BROKEN",
         )
@@ -98,10 +98,10 @@ def sweep_summary(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Group:
     ]
     header = (
         "method",
-        "R_w",
+        "asked",
         "R_a",
         "seeds",
-        "actual",
+        "R_w",
         score.label.removeprefix("test "),
         "bits · MACs",
         *([lut.label] if lut else []),
