@@ -56,6 +56,7 @@ io_type = click.option("--io-type", type=click.Choice(get_args(IoType)), help="S
 @click.option("--max-act-bits", type=int, help="Upper bound on the bit-width of activations [8].")
 @click.option("--method", help="Search method: hmq or uniform [hmq].")
 @click.option("--zeros", type=float, help="Share of zero weights to aim for, for less logic [off].")
+@click.option("--distill/--no-distill", default=None, help="Learn from the float model while fine-tuning too [no].")
 @click.option("--seed", type=int, help="Seed of everything random [0].")
 @device
 @click.option("--data", type=click.Path(path_type=Path), help="An .npz file, or a folder of such files.")
@@ -155,6 +156,7 @@ class _Lists(click.Command):
 @click.option("--seeds", type=int, multiple=True, help="Seeds [0].")
 @click.option("--max-act-bits", type=int, help="Upper bound on the bit-width of activations [8].")
 @click.option("--zeros", type=float, help="Share of zero weights to aim for, for less logic [off].")
+@click.option("--distill/--no-distill", default=None, help="Learn from the float model while fine-tuning too [no].")
 @device
 @click.option("--data", type=click.Path(path_type=Path), help="An .npz file, or a folder of such files.")
 @normalize

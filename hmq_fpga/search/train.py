@@ -114,6 +114,36 @@ class Penalty(Protocol):
         """Its value before `step` of `steps`, 0-d."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Distillation:
+    """Learning from a float model beside the data (Hinton, Vinyals, Dean, 2015, Section 2).
+
+    The loss is `(1 - share)` of the task's and `share` of the divergence from the teacher: of classes T^2 times the
+    Kullback-Leibler divergence of the softmaxes at temperature T, of one score for two classes and of a regression the
+    squared error.
+
+    Attributes:
+        teacher: the float model, as it is in evaluation.
+        share: of the divergence, from 0 to 1.
+        temperature: T.
+    """
+
+    teacher: nn.Module
+    share: float = 0.5
+    temperature: float = 2.0
+
+    def mixed(self, loss: Tensor, x: Tensor, scores: Tensor, task: Task) -> Tensor:
+        """The loss of a batch `x` of which the student has `scores`."""
+        with torch.no_grad():
+            taught = output_of(self.teacher, x, task.input_shapes).scores
+        if task.regression or task.custom_loss or scores.shape[1:] in _ONE_NUMBER:
+            divergence = F.mse_loss(scores, taught)
+        else:
+            student, teacher = (F.log_softmax(values / self.temperature, 1) for values in (scores, taught))
+            divergence = self.temperature**2 * F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+        return (1 - self.share) * loss + self.share * divergence
+
+
 class Listener(Protocol):
     """Hears of training: called now and then, and after the last step."""
 
@@ -244,6 +274,7 @@ def fit(
     learning_rate: float,
     seed: int,
     penalty: Penalty | None = None,
+    distillation: Distillation | None = None,
     listener: Listener = ignore,
 ) -> History:
     """Train all parameters with RAdam and a cosine schedule from `learning_rate` to zero; keep the last state.
@@ -254,7 +285,8 @@ def fit(
         steps: optimizer steps.
         learning_rate: at the start.
         seed: of the order of the batches.
-        penalty: added to the task's loss.
+        penalty: added to the loss.
+        distillation: what to learn from beside the data.
         listener: hears of the progress.
 
     Raises:
@@ -272,6 +304,8 @@ def fit(
             returned, scores = output_of(model, x, task.input_shapes)
         plain = returned is scores and not isinstance(model, QModel)
         loss = task.loss(returned, y, scores)
+        if distillation:
+            loss = distillation.mixed(loss, x, scores, task)
         rate = (1 + math.cos(math.pi * (step - 1) / steps)) / 2
         optimizer.step(loss if penalty is None else loss + penalty(step - 1, steps), rate)
         if step % every == 0 or step == steps:
@@ -291,12 +325,22 @@ def finetune(
     learning_rate: float,
     seed: int,
     penalty: Penalty | None = None,
+    distillation: Distillation | None = None,
     listener: Listener = ignore,
 ) -> History:
     """Train weights and biases of a model whose scheme is set, in place (the paper's phase two); see `fit`."""
     if not model.formats:
         raise AssertionError("finetune() needs a scheme")
-    return fit(model, task, steps=steps, learning_rate=learning_rate, seed=seed, penalty=penalty, listener=listener)
+    return fit(
+        model,
+        task,
+        steps=steps,
+        learning_rate=learning_rate,
+        seed=seed,
+        penalty=penalty,
+        distillation=distillation,
+        listener=listener,
+    )
 
 
 def finite(loss: Tensor) -> float:

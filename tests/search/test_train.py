@@ -1,5 +1,6 @@
-"""A final function that hardware leaves out belongs to the loss all the same."""
+"""A final function that hardware leaves out belongs to the loss all the same; learning from the float model."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,18 @@ from torch import nn
 from hmq_fpga.search.methods import find_scheme
 from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.target import Target
-from hmq_fpga.search.train import Budget, Task, accuracy, evaluate, finetune, finished, fit, output_of, predict
+from hmq_fpga.search.train import (
+    Budget,
+    Distillation,
+    Task,
+    accuracy,
+    evaluate,
+    finetune,
+    finished,
+    fit,
+    output_of,
+    predict,
+)
 
 
 class Ends(nn.Module):
@@ -165,3 +177,34 @@ def test_a_model_of_several_inputs_is_quantized(digits):
     fit(model, task, steps=400, learning_rate=1e-2, seed=0)
     before = evaluate(model, task)["val_accuracy"]
     assert quantized(model, task, 8)["val_accuracy"] > before - 0.05
+
+
+def test_distillation_is_hintons(mlp, digits):
+    """Scores of a student that are the teacher's cost nothing; else T^2 times the divergence, by its definition."""
+    x, y = digits.x_train[:50], digits.y_train[:50]
+    teacher = copy.deepcopy(mlp).eval()
+    taught = teacher(x).detach()
+    distillation = Distillation(teacher=teacher, share=0.25, temperature=3.0)
+    assert float(distillation.mixed(torch.tensor(2.0), x, taught, digits)) == pytest.approx(1.5)
+    scores = taught.roll(1, 0)
+    p, q = (torch.softmax(values.double() / 3, 1) for values in (taught, scores))
+    divergence = float((p * (p / q).log()).sum(1).mean())
+    loss = task_loss = digits.loss(scores, y)
+    assert float(distillation.mixed(loss, x, scores, digits)) == pytest.approx(
+        0.75 * float(task_loss) + 0.25 * 9 * divergence, rel=1e-5
+    )
+
+
+def test_a_student_comes_near_its_teacher(mlp, digits):
+    student = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    teacher = copy.deepcopy(mlp).eval()
+    distillation = Distillation(teacher=teacher, share=1.0)
+
+    def apart():
+        with torch.no_grad():
+            scores = (torch.log_softmax(model(digits.x_val), 1) for model in (student.eval(), teacher))
+            return float(F.kl_div(*scores, log_target=True, reduction="batchmean"))
+
+    before = apart()
+    fit(student, digits, steps=300, learning_rate=1e-2, seed=0, distillation=distillation)
+    assert apart() < 0.3 * before

@@ -54,6 +54,7 @@ class RunConfig(BaseModel):
         max_act_bits: upper bound on the bit-width of activations.
         method, options: search method and its options.
         zeros: share of zero weights to aim for, by larger thresholds and an L1 penalty while fine-tuning.
+        distill: whether fine-tuning learns from the float model too.
         seed: of initial weights, batches and noise.
         device: where to train and search.
         data: file or folder in place of the task's own source.
@@ -88,6 +89,7 @@ class RunConfig(BaseModel):
     method: str = "hmq"
     options: dict[str, Any] = Field(default_factory=dict)
     zeros: float | None = Field(default=None, gt=0, lt=1)
+    distill: bool = False
     seed: int = Field(default=0, ge=0)
     device: Literal["cpu", "cuda"] = "cpu"
     data: Path | None = None

@@ -34,7 +34,7 @@ from hmq_fpga.search.methods import check_budget, find_scheme, make_options
 from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.reading.exported import is_lazy
 from hmq_fpga.search.target import Target
-from hmq_fpga.search.train import Listener, Output, accuracy, finetune, finished, fit, like, predict
+from hmq_fpga.search.train import Distillation, Listener, Output, accuracy, finetune, finished, fit, like, predict
 from hmq_fpga.search.train import Task as TrainingTask
 from hmq_fpga.search.zeros import ZeroPull, widen_thresholds
 from hmq_fpga.study.data import Dataset, channels_last
@@ -255,7 +255,8 @@ class _Run:
             Stage(
                 name="finetune",
                 settings=data
-                | {"steps": budget.finetune_steps, "learning_rate": budget.learning_rate, "zeros": config.zeros},
+                | {"steps": budget.finetune_steps, "learning_rate": budget.learning_rate, "zeros": config.zeros}
+                | ({"distill": True} if config.distill else {}),
                 needs=("search",),
                 makes=("finetune.pt", "finetune.json"),
                 versions=trained,
@@ -338,16 +339,20 @@ class _Run:
         }
 
     def finetune(self, new: Path) -> dict[str, Any]:
-        model, zeros = self.quantized("search.pt").to(self.config.device), self.config.zeros
+        config = self.config
+        model, zeros = self.quantized("search.pt").to(config.device), config.zeros
+        teacher = self.model.to(config.device).eval()  # which holds the float training's parameters
         history = finetune(
             model,
             self.training,
             steps=self.budget.finetune_steps,
             learning_rate=self.budget.learning_rate,
-            seed=self.config.seed,
+            seed=config.seed,
             penalty=None if zeros is None else ZeroPull(model, zeros),
+            distillation=Distillation(teacher=teacher) if config.distill else None,
             listener=self.listener,
         )
+        self.own.cpu()
         torch.save(model.cpu().state_dict(), new / "finetune.pt")
         write_json(new / "finetune.json", history)
         return {}
