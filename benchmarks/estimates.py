@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from lut_model import FITTED_SEED
 
-from hmq_fpga.deploy.rtl import estimate as model_estimate
+from hmq_fpga.ir import logic
 from hmq_fpga.ir.network import QNet
 from hmq_fpga.study.run.hardware import synthesize_by_yosys
 
@@ -53,7 +53,7 @@ def _row(folder: Path) -> dict[str, Any]:
         "accuracy": record["metrics"]["qnet_accuracy"],
         "ebops": record["metrics"]["ebops"],
         "latency_cycles": stages["trace"]["latency_cycles"],
-        "model": model_estimate.estimate(QNet.load(folder / "qnet")).lut,
+        "model": round(logic.luts(QNet.load(folder / "qnet"))),
         **{stage: stages[stage]["lut"] for stage in ("trace", "yosys")},
         **{key: stages["yosys"][key] for key in ("carry", "ff", "dsp")},
         "trace_seconds": record["metrics"]["seconds"]["rtl"],

@@ -29,10 +29,10 @@ from hmq_fpga.ir.scheme import Scheme
 from hmq_fpga.search.freeze import freeze
 from hmq_fpga.search.graph import QModel
 from hmq_fpga.search.methods import find_scheme
+from hmq_fpga.search.pruning import Nonzeros, Pruning, widen_thresholds
 from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.target import Target
 from hmq_fpga.search.train import evaluate, finetune, fit
-from hmq_fpga.search.zeros import ZeroPull, widen_thresholds
 from hmq_fpga.study.data import channels_last
 from hmq_fpga.study.tasks import TASKS, training_task
 
@@ -88,8 +88,8 @@ def _measure(*, rw: float, act_bits: int, zeros: float, steps: int, seed: int) -
     if zeros:
         scheme = widen_thresholds(quantized, scheme, zeros)
         quantized.set_scheme(scheme)
-    penalty = ZeroPull(quantized, zeros) if zeros else None
-    finetune(quantized, training, steps=steps, learning_rate=budget.learning_rate, seed=seed, penalty=penalty)
+    shaping = Pruning(quantized, Nonzeros(zeros)) if zeros else None
+    finetune(quantized, training, steps=steps, learning_rate=budget.learning_rate, seed=seed, shaping=shaping)
     net = freeze(quantized)
     with tempfile.TemporaryDirectory() as folder:
         project = RtlProject.create(net, Path(folder) / "rtl")

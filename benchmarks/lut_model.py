@@ -1,4 +1,4 @@
-"""Fit the coefficients of `hmq_fpga.deploy.rtl.estimate` to traced networks, and test them on others.
+"""Fit the coefficients of `hmq_fpga.ir.logic` to traced networks, and test them on others.
 
     python benchmarks/lut_model.py --drawn 160 --trained build/estimates/*
 
@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from scipy.optimize import least_squares
 
-from hmq_fpga.deploy.rtl import estimate as model_estimate
 from hmq_fpga.deploy.rtl.project import RtlProject
 from hmq_fpga.deploy.rtl.trace import SIZE_LIMIT, size_estimate
+from hmq_fpga.ir import logic
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.ir.network import QNet
@@ -121,13 +121,13 @@ def main() -> None:
     drawn = np.arange(len(networks)) < arguments.drawn
 
     def predict(fit: np.ndarray) -> np.ndarray:
-        return np.array([model_estimate.luts(net, fit) for net in networks])
+        return np.array([logic.luts(net, fit) for net in networks])
 
     share = np.where(drawn, 1 / max(np.sum(seen & drawn), 1), 1 / max(np.sum(seen & ~drawn), 1)) ** 0.5  # alike in sum
-    found = least_squares(lambda fit: (share * np.log(predict(fit) / actual))[seen], model_estimate.FIT).x
+    found = least_squares(lambda fit: (share * np.log(predict(fit) / actual))[seen], logic.FIT).x
     report: dict[str, object] = {"luts": [int(actual.min()), int(np.median(actual)), int(actual.max())]}
     report["fit"] = np.round(found, 4).tolist()
-    for name, fit in (("found", found), ("current", np.array(model_estimate.FIT))):
+    for name, fit in (("found", found), ("current", np.array(logic.FIT))):
         predicted = predict(fit)
         for kind, group in (("drawn", drawn), ("trained", ~drawn)):
             if (held_out := group & ~seen).any():

@@ -107,11 +107,11 @@ class Budget:
     learning_rate: float = 2e-3
 
 
-class Penalty(Protocol):
-    """Something to minimize besides the task's loss."""
+class Shaping(Protocol):
+    """Changes parameters while they are trained, in place."""
 
-    def __call__(self, step: int, steps: int) -> Tensor:
-        """Its value before `step` of `steps`, 0-d."""
+    def __call__(self, step: int, steps: int) -> None:
+        """Act before optimizer step `step` of `steps`, counted from 0, and with `step == steps` after the last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,7 +273,7 @@ def fit(
     steps: int,
     learning_rate: float,
     seed: int,
-    penalty: Penalty | None = None,
+    shaping: Shaping | None = None,
     distillation: Distillation | None = None,
     listener: Listener = ignore,
 ) -> History:
@@ -285,7 +285,7 @@ def fit(
         steps: optimizer steps.
         learning_rate: at the start.
         seed: of the order of the batches.
-        penalty: added to the loss.
+        shaping: acts between the steps.
         distillation: what to learn from beside the data.
         listener: hears of the progress.
 
@@ -307,7 +307,9 @@ def fit(
         if distillation:
             loss = distillation.mixed(loss, x, scores, task)
         rate = (1 + math.cos(math.pi * (step - 1) / steps)) / 2
-        optimizer.step(loss if penalty is None else loss + penalty(step - 1, steps), rate)
+        optimizer.step(loss, rate)
+        if shaping:
+            shaping(step, steps)
         if step % every == 0 or step == steps:
             model.eval()
             recorder(step, steps, {"epoch": task.epoch(step), "loss": finite(loss), **evaluate(model, task)})
@@ -324,7 +326,7 @@ def finetune(
     steps: int,
     learning_rate: float,
     seed: int,
-    penalty: Penalty | None = None,
+    shaping: Shaping | None = None,
     distillation: Distillation | None = None,
     listener: Listener = ignore,
 ) -> History:
@@ -337,7 +339,7 @@ def finetune(
         steps=steps,
         learning_rate=learning_rate,
         seed=seed,
-        penalty=penalty,
+        shaping=shaping,
         distillation=distillation,
         listener=listener,
     )

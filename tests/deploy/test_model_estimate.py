@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from hmq_fpga.deploy.rtl.estimate import estimate, signed_digits
+from hmq_fpga.deploy.rtl.estimate import estimate
 from hmq_fpga.deploy.rtl.project import RtlProject
 from hmq_fpga.ir.fixed import Fixed
+from hmq_fpga.ir.logic import signed_digits
 from hmq_fpga.ir.network import QNet
 from hmq_fpga.ir.ops import Dense, Gather, Input, Maximum, Minimum, Multiply, Op, Subtract, Table
 from tests.deploy.networks import Builder

@@ -33,10 +33,10 @@ from alkaid.trace.passes.canon import canonicalize_outputs, const_propagation
 from alkaid.types import CombLogic
 from numpy.lib.stride_tricks import sliding_window_view
 
-from hmq_fpga.deploy.rtl.estimate import signed_digits
 from hmq_fpga.deploy.rtl.verilator import Port
 from hmq_fpga.ir.errors import InvalidInput, assert_never
 from hmq_fpga.ir.fixed import Codes, Fixed
+from hmq_fpga.ir.logic import signed_digits
 from hmq_fpga.ir.network import QNet
 from hmq_fpga.ir.ops import (
     Add,

@@ -31,12 +31,12 @@ from hmq_fpga.search.freeze import freeze, outline, run_codes
 from hmq_fpga.search.graph import QModel
 from hmq_fpga.search.layers import Join, parted, unwrapped
 from hmq_fpga.search.methods import check_budget, find_scheme, make_options
+from hmq_fpga.search.pruning import Nonzeros, Pruning, widen_thresholds
 from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.reading.exported import is_lazy
 from hmq_fpga.search.target import Target
 from hmq_fpga.search.train import Distillation, Listener, Output, accuracy, finetune, finished, fit, like, predict
 from hmq_fpga.search.train import Task as TrainingTask
-from hmq_fpga.search.zeros import ZeroPull, widen_thresholds
 from hmq_fpga.study.data import Dataset, channels_last
 from hmq_fpga.study.pages import run_page as page
 from hmq_fpga.study.run.config import RunConfig, make_config
@@ -348,7 +348,7 @@ class _Run:
             steps=self.budget.finetune_steps,
             learning_rate=self.budget.learning_rate,
             seed=config.seed,
-            penalty=None if zeros is None else ZeroPull(model, zeros),
+            shaping=None if zeros is None else Pruning(model, Nonzeros(zeros)),
             distillation=Distillation(teacher=teacher) if config.distill else None,
             listener=self.listener,
         )

@@ -1,0 +1,72 @@
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from hmq_fpga.deploy.rtl.trace import trace
+from hmq_fpga.ir import cost
+from hmq_fpga.search.freeze import freeze
+from hmq_fpga.search.methods import find_scheme
+from hmq_fpga.search.pruning import Logic, Nonzeros, Pruning, share_of_zeros, widen_thresholds
+from hmq_fpga.search.reading import instrument
+from hmq_fpga.search.target import Target
+from hmq_fpga.search.train import Budget, evaluate, finetune
+
+
+def test_zeros_that_were_asked_for_at_the_same_rate(mlp, digits):
+    model = instrument(mlp, digits.input_shape, input_signed=False)
+    model, found, _ = find_scheme(model, digits, Budget(search_steps=150), Target(weight_rate=8), method="uniform")
+    wider = widen_thresholds(model, found, 0.6)
+    assert cost.weight_rate(wider) == cost.weight_rate(found)
+    for name, weight in model.weights.items():
+        steps = wider[name].format.step / found[name].format.step
+        assert steps in (1, 2, 4, 8)
+        shares = [abs(share_of_zeros(weight, f) - 0.6) for f in (found[name].format, wider[name].format)]
+        assert shares[1] <= shares[0]
+
+    model.set_scheme(wider)
+    goal = Nonzeros(0.8)
+    before = 1 - goal.size(model)
+    finetune(model, digits, steps=1500, learning_rate=2e-3, seed=0, shaping=Pruning(model, goal))
+    zeros = np.concatenate([op.weight.ravel() for op in freeze(model).linears]) == 0
+    assert zeros.mean() == pytest.approx(1 - goal.size(model), abs=1e-12)
+    assert before < 0.75
+    assert 0.8 <= zeros.mean() < 0.83
+    assert evaluate(model, digits)["val_accuracy"] > 0.85
+
+
+@pytest.mark.parametrize("most", [1500, 4000])
+def test_logic_is_bounded_by_the_tracers_figure(most, mlp, digits):
+    model = instrument(mlp, digits.input_shape, input_signed=False)
+    target = Target(weight_rate=10, max_activation_bits=4)
+    model, _, _ = find_scheme(model, digits, Budget(), target, method="uniform")
+    asked = []
+
+    def measure(net):
+        asked.append(trace(net).cost)
+        return asked[-1]
+
+    pruning = Pruning(model, Logic(most, measure))
+    finetune(model, digits, steps=1500, learning_rate=2e-3, seed=0, shaping=pruning)
+    assert asked[0] > most
+    assert 0.85 * most <= trace(freeze(model)).cost <= most
+    assert len(asked) < 20
+    assert evaluate(model, digits)["val_accuracy"] > 0.7
+
+
+def test_what_was_pruned_stays_zero(mlp, digits):
+    model = instrument(mlp, digits.input_shape, input_signed=False)
+    model, _, _ = find_scheme(model, digits, Budget(), Target(), method="uniform")
+    pruning = Pruning(model, Nonzeros(0.8))
+    zeros = []
+
+    def watched(step, steps):
+        pruning(step, steps)
+        zeros.append({name: (weight == 0).clone() for name, weight in model.weights.items()})
+
+    finetune(model, digits, steps=300, learning_rate=2e-3, seed=0, shaping=watched)
+    for before, after in pairwise(zeros):
+        assert all((after[name] >= before[name]).all() for name in before)
+    shares = [np.mean([float(mask.double().mean()) for mask in now.values()]) for now in zeros]
+    assert shares[0] == 0
+    assert shares[100] < shares[170] <= shares[-1]
