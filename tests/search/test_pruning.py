@@ -6,6 +6,7 @@ import pytest
 from hmq_fpga.deploy.rtl.trace import trace
 from hmq_fpga.ir import cost
 from hmq_fpga.search.freeze import freeze
+from hmq_fpga.search.logic import start
 from hmq_fpga.search.methods import find_scheme
 from hmq_fpga.search.pruning import Logic, Nonzeros, Pruning, share_of_zeros, widen_thresholds
 from hmq_fpga.search.reading import instrument
@@ -38,8 +39,8 @@ def test_zeros_that_were_asked_for_at_the_same_rate(mlp, digits):
 @pytest.mark.parametrize("most", [1500, 4000])
 def test_logic_is_bounded_by_the_tracers_figure(most, mlp, digits):
     model = instrument(mlp, digits.input_shape, input_signed=False)
-    target = Target(weight_rate=10, max_activation_bits=4)
-    model, _, _ = find_scheme(model, digits, Budget(), target, method="uniform")
+    model, scheme, _ = find_scheme(model, digits, Budget(), Target(luts=most), method="uniform")
+    assert scheme.found_by["zeros"] == 0.5
     asked = []
 
     def measure(net):
@@ -52,6 +53,15 @@ def test_logic_is_bounded_by_the_tracers_figure(most, mlp, digits):
     assert 0.85 * most <= trace(freeze(model)).cost <= most
     assert len(asked) < 20
     assert evaluate(model, digits)["val_accuracy"] > 0.7
+
+
+@pytest.mark.parametrize(("most", "rate", "bits"), [(1500, 13, 4), (1e6, 4, 8)])
+def test_a_search_under_a_bound_on_logic_starts_where_there_is_something_to_prune(most, rate, bits, mlp, digits):
+    model = instrument(mlp, digits.input_shape, input_signed=False)
+    started = start(model, digits, Target(luts=most))
+    assert (started.weight_rate, started.max_activation_bits, started.luts) == (rate, bits, most)
+    own = Target(luts=most, weight_rate=8)
+    assert start(model, digits, own) is own
 
 
 def test_what_was_pruned_stays_zero(mlp, digits):

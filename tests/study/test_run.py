@@ -125,6 +125,18 @@ def test_a_bound_on_bit_operations_is_kept_and_shown(undisturbed, digits_file, o
     assert f"R_w 10, {most:,.0f} bit operations" in (again / "report.html").read_text()
 
 
+def test_a_bound_on_logic_is_kept_by_the_tracers_figure(undisturbed, digits_file, own_model, tmp_path):
+    folder, _ = undisturbed
+    before = json.loads((folder / "resources.json").read_text())[1]["lut"]
+    most = before // 2
+    again, other = run_again(folder, digits_file, own_model, tmp_path, "--luts", str(most), "--distill")
+    _, traced = json.loads((again / "resources.json").read_text())
+    assert traced["lut"] == other["metrics"]["luts_actual"] <= most == other["metrics"]["luts_target"]
+    assert traced["lut"] > 0.8 * most
+    assert other["metrics"]["parity_passed"]
+    assert f"at most {most} asked" in (again / "report.html").read_text()
+
+
 def test_other_settings_of_the_verilog_repeat_only_what_they_touch(undisturbed, digits_file, own_model, tmp_path):
     folder, record = undisturbed
     again, other = run_again(folder, digits_file, own_model, tmp_path, "--latency-cutoff", "0")

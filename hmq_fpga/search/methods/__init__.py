@@ -9,8 +9,10 @@ from typing import Any
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.scheme import Scheme
 from hmq_fpga.search.graph import QModel
+from hmq_fpga.search.logic import ZEROS, start
 from hmq_fpga.search.methods.hmq import CYCLES, MIN_STEPS_PER_CYCLE, HmqOptions, hmq
 from hmq_fpga.search.methods.uniform import UniformOptions, uniform
+from hmq_fpga.search.pruning import widen_thresholds
 from hmq_fpga.search.target import Target
 from hmq_fpga.search.train import Budget, History, Listener, Task, ignore
 
@@ -74,4 +76,11 @@ def find_scheme(
     settings = make_options(method, options or {})
     check_budget(method, budget)
     target.check(model)
-    return METHODS[method].function(model, task, budget, target, settings, seed=seed, listener=listener)
+    started = start(model, task, target)
+    model, scheme, history = METHODS[method].function(
+        model, task, budget, started, settings, seed=seed, listener=listener
+    )
+    if target.luts is not None:
+        scheme = widen_thresholds(model, scheme, ZEROS)
+        model.set_scheme(scheme)
+    return model, scheme, history

@@ -14,7 +14,14 @@ from hmq_fpga.deploy.settings import DEFAULT_PART, Estimate, Hardware, HlsBacken
 from hmq_fpga.ir.errors import InvalidInput
 
 DEFAULT_RW = 8.0
-BOUNDS = {"rw": "R_w", "weight_bits": "weight bits", "bops": "bit operations"}  # settings, and what people call them
+BOUNDS = {
+    "rw": "R_w",
+    "weight_bits": "weight bits",
+    "bops": "bit operations",
+    "luts": "LUTs",
+}  # settings, and what people call them
+
+ACTUAL = {"rw": "rw_actual", "luts": "luts_actual"}  # metrics that are not called like the setting
 
 
 def bounds_in(values: Mapping[str, Any], suffix: str = "") -> dict[str, float]:
@@ -25,8 +32,8 @@ def bounds_in(values: Mapping[str, Any], suffix: str = "") -> dict[str, float]:
 def missed(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The bounds that a run's network exceeds: what it costs, by the name of their setting."""
     targets = bounds_in(metrics, "_target")
-    exceeded = {name: metrics[name] for name, most in targets.items() if name != "rw" and metrics[name] > most}
-    return exceeded | ({"rw": metrics["rw_actual"]} if metrics["rw_actual"] < targets.get("rw", 0) else {})
+    actual = {name: metrics[ACTUAL.get(name, name)] for name in targets}
+    return {name: actual[name] for name, most in targets.items() if (actual[name] - most) * (-1) ** (name == "rw") > 0}
 
 
 def labelled(bounds: Mapping[str, float]) -> str:
@@ -46,7 +53,7 @@ class RunConfig(BaseModel):
 
     Attributes:
         task: a name that `hmq-fpga tasks` lists, or `FILE.py:FUNCTION`.
-        rw, weight_bits, bops: bounds on the weights, as in `Target`; R_w = 8 where none is given.
+        rw, weight_bits, bops, luts: bounds, as in `Target`; R_w = 8 where none is given.
         ra: target R_a.
         bits: bit-widths that a weight may get.
         tensor_bits: the same for single weights, by name (`conv1.weight`) or pattern (`*.weight`); of the input and of
@@ -82,6 +89,7 @@ class RunConfig(BaseModel):
     rw: float | None = None
     weight_bits: float | None = Field(default=None, gt=0)
     bops: float | None = Field(default=None, gt=0)
+    luts: float | None = Field(default=None, gt=0)
     ra: float = 4.0
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
     tensor_bits: dict[str, tuple[int, ...]] = Field(default_factory=dict)
@@ -109,6 +117,12 @@ class RunConfig(BaseModel):
     estimate: Estimate = "trace"
     parity_samples: int | None = Field(default=None, ge=1)
     out: Path | None = None
+
+    @model_validator(mode="after")
+    def _one_pruning(self) -> RunConfig:
+        if self.luts is not None and self.zeros is not None:
+            raise ValueError("zeros and luts both prune: give one")
+        return self
 
     @model_validator(mode="before")
     @classmethod

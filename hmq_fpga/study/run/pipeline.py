@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hmq_fpga.deploy.backends import HLS, Backend, split_by_installed
 from hmq_fpga.deploy.doctor import installed_version
 from hmq_fpga.deploy.parity import Parity, check
+from hmq_fpga.deploy.rtl.estimate import traced_luts
 from hmq_fpga.deploy.settings import Hardware
 from hmq_fpga.deploy.toolchain import GXX
 from hmq_fpga.ir import cost, reference
@@ -31,7 +32,7 @@ from hmq_fpga.search.freeze import freeze, outline, run_codes
 from hmq_fpga.search.graph import QModel
 from hmq_fpga.search.layers import Join, parted, unwrapped
 from hmq_fpga.search.methods import check_budget, find_scheme, make_options
-from hmq_fpga.search.pruning import Nonzeros, Pruning, widen_thresholds
+from hmq_fpga.search.pruning import Logic, Nonzeros, Pruning, widen_thresholds
 from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.reading.exported import is_lazy
 from hmq_fpga.search.target import Target
@@ -79,6 +80,7 @@ def run(config: RunConfig, monitor: Monitor, *, shared: Path | None = None, pati
         weight_rate=config.rw,
         weight_bits=config.weight_bits,
         bops=config.bops,
+        luts=config.luts,
         activation_rate=config.ra,
         bits=config.bits,
         tensor_bits=config.tensor_bits,
@@ -256,7 +258,8 @@ class _Run:
                 name="finetune",
                 settings=data
                 | {"steps": budget.finetune_steps, "learning_rate": budget.learning_rate, "zeros": config.zeros}
-                | ({"distill": True} if config.distill else {}),
+                | ({"distill": True} if config.distill else {})
+                | ({"luts": config.luts} if config.luts is not None else {}),
                 needs=("search",),
                 makes=("finetune.pt", "finetune.json"),
                 versions=trained,
@@ -340,7 +343,7 @@ class _Run:
 
     def finetune(self, new: Path) -> dict[str, Any]:
         config = self.config
-        model, zeros = self.quantized("search.pt").to(config.device), config.zeros
+        model = self.quantized("search.pt").to(config.device)
         teacher = self.model.to(config.device).eval()  # which holds the float training's parameters
         history = finetune(
             model,
@@ -348,7 +351,7 @@ class _Run:
             steps=self.budget.finetune_steps,
             learning_rate=self.budget.learning_rate,
             seed=config.seed,
-            shaping=None if zeros is None else Pruning(model, Nonzeros(zeros)),
+            shaping=self.pruning(model),
             distillation=Distillation(teacher=teacher) if config.distill else None,
             listener=self.listener,
         )
@@ -356,6 +359,13 @@ class _Run:
         torch.save(model.cpu().state_dict(), new / "finetune.pt")
         write_json(new / "finetune.json", history)
         return {}
+
+    def pruning(self, model: QModel) -> Pruning | None:
+        """What keeps the share of zeros or the bound on logic that is asked for."""
+        zeros, most = self.config.zeros, self.config.luts
+        if most is not None:
+            return Pruning(model, Logic(most, traced_luts))
+        return None if zeros is None else Pruning(model, Nonzeros(zeros))
 
     def quantized(self, state: str) -> Any:
         """The instrumented model with the scheme that was found and a saved state."""
@@ -377,7 +387,9 @@ class _Run:
         outputs = describe_outputs(model, net, self.dataset)
         write_json(new / OUTPUTS, outputs)
         layers = cost.layer_costs(net)
+        traced = {} if self.config.luts is None else {"luts_actual": traced_luts(net)}
         return {
+            **traced,
             "qnet_digest": net.digest,
             "outputs": outputs["note"],
             "macs": sum(layer.macs for layer in layers),

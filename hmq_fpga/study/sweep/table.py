@@ -27,6 +27,7 @@ _METRICS = (
     "zero_weights",
     "bops",
     "ebops",
+    "luts_actual",
     "qnet_digest",
 )
 _ERRORS = ("float_mse", "qnet_mse")  # of a regression
