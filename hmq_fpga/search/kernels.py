@@ -17,6 +17,7 @@ from torch import Tensor
 
 BLOCK = 4096  # values whose sums are taken in their own precision, before they are added in double
 PART = 1 << 17  # values for which a further thread is worth its start
+MAGNITUDES = 257  # zero, and the least m of 2^m >= |x| from -126 to 129, the last for NaN
 
 Array = np.ndarray[Any, Any]
 Vectors = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -79,6 +80,18 @@ def descend(vectors: Vectors, betas: tuple[float, float], factor: float, eps: fl
     _over(_descend, arrays, (1 - betas[0], 1 - betas[1], factor, eps or 0.0, eps is not None))
 
 
+def magnitudes(x: Tensor) -> Array:
+    """How many values of `x`, of any shape, are zero, and how many need which threshold as float32.
+
+    Returns:
+        Counts `(MAGNITUDES,)`: at 0 of zeros, at `m + 127` of those with `2^(m-1) < |x| <= 2^m`.
+    """
+    x = x.detach().float()
+    if not x.is_cpu:
+        return np.asarray(torch.bincount(_plain_magnitudes(x), minlength=MAGNITUDES).numpy(force=True))
+    return np.sum(_over(_count, (_values(_dense(x)).view(np.int32),), ()), axis=0)
+
+
 def _dense(x: Tensor) -> Tensor:
     """`x`, or a copy, without gaps between its values in memory, in whatever order its dimensions are."""
     x = x.detach()
@@ -88,6 +101,11 @@ def _dense(x: Tensor) -> Tensor:
 def _values(x: Tensor) -> Array:
     """Of a dense tensor, in the order of memory."""
     return x.as_strided((x.numel(),), (1,)).numpy()
+
+
+def _plain_magnitudes(x: Tensor) -> Tensor:
+    """Place of each value: the exponent of a float, less the last bit so that a power of two belongs to those below."""
+    return (((x.contiguous().view(torch.int32) & 0x7FFFFFFF) - 1 >> 23) + 1).flatten()
 
 
 def _plain_quantize(x: Tensor, step: float, lo: float, hi: float) -> Tensor:
@@ -133,6 +151,14 @@ def _over(kernel: Callable[..., Any], arrays: tuple[Array, ...], numbers: tuple[
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="quantizer")
+
+
+@_loop
+def _count(bits: Array) -> Array:
+    counts = np.zeros((4, MAGNITUDES), np.int64)  # equal neighbours would wait for each other
+    for i in range(bits.size):
+        counts[i & 3, ((bits[i] & 0x7FFFFFFF) - 1 >> 23) + 1] += 1
+    return counts.sum(0)
 
 
 @_loop
