@@ -89,7 +89,8 @@ def magnitudes(x: Tensor) -> Array:
     x = x.detach().float()
     if not x.is_cpu:
         return np.asarray(torch.bincount(_plain_magnitudes(x), minlength=MAGNITUDES).numpy(force=True))
-    return np.sum(_over(_count, (_values(_dense(x)).view(np.int32),), ()), axis=0)
+    counts: Array = np.sum(_over(_count, (_values(_dense(x)).view(np.int32),), ()), axis=0)
+    return counts
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -158,7 +159,8 @@ def _count(bits: Array) -> Array:
     counts = np.zeros((4, MAGNITUDES), np.int64)  # equal neighbours would wait for each other
     for i in range(bits.size):
         counts[i & 3, ((bits[i] & 0x7FFFFFFF) - 1 >> 23) + 1] += 1
-    return counts.sum(0)
+    total: Array = counts.sum(0)
+    return total
 
 
 @_loop

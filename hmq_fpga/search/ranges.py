@@ -75,7 +75,7 @@ class Magnitudes:
 
 @torch.no_grad()
 def magnitudes(model: QModel, task: Task, grids: Mapping[str, Grid] | None = None) -> dict[str, Magnitudes]:
-    """Those of every site over its weight or over the training set, before its own quantizer; `grids` as for `model`."""
+    """Those of every site, over its weight or the training set, before its own quantizer; `grids` as for `model`."""
     found = {site.name: Magnitudes(_at_once(site)) for site in model.sites}
     for name, weight in model.weights.items():
         found[name].add(weight)
@@ -101,27 +101,28 @@ def clips(model: QModel, task: Task) -> dict[str, Grid]:
     return {name: Grid.of(Fixed.from_threshold(signed=True, bits=32, threshold_log2=m)) for name, m in fine.items()}
 
 
-def range_notes(model: QModel, task: Task) -> list[str]:
-    """What the formats of a scheme do not hold of weights and training data, a sentence with the remedy for each tensor.
+def range_notes(model: QModel, task: Task, *, sparse: bool = False) -> list[str]:
+    """What the formats of a scheme do not hold of weights and training data, one sentence each, with the remedy.
 
     Said are inputs and activations of which more than a `RARE` share is clipped, weights that are clipped by more than
     the searches do, outliers of any number, and tensors of which a format makes most values zero that are not.
+    `sparse`: zero weights are wanted.
     """
     found = magnitudes(model, task)
-    return [note for site in model.sites for note in _notes(site, model.formats[site.name], found[site.name])]
+    return [note for site in model.sites for note in _notes(site, model.formats[site.name], found[site.name], sparse)]
 
 
-def _notes(site: Site, format_: Fixed, found: Magnitudes) -> Iterator[str]:
+def _notes(site: Site, format_: Fixed, found: Magnitudes, sparse: bool) -> Iterator[str]:
     weight, m, n = site.kind == "weight", format_.threshold_log2, found.nonzero
     clipped, largest = found.beyond(m), found.largest_log2
     outliers = clipped and largest > max(m, found.threshold_log2) + FAR
     if outliers or found.beyond(m + CLIPPED_FAR * weight) > RARE * n:
         yield (
-            f"{site.name}: {clipped} of {n} values ({clipped / n:.2%}) are clipped at its threshold 2**{m}, "
-            f"the largest from 2**{largest}: {_CLIPPED[site.kind]}"
+            f"{site.name}: {clipped} of {n} values that are not zero ({clipped / n:.2%}) exceed its threshold 2**{m}, "
+            f"up to 2**{largest}, and are clipped: {_CLIPPED[site.kind]}"
         )
     half_step = m - max(format_.width, LEAST_BITS) + format_.signed - 1
-    if (lost := n - found.beyond(half_step)) > n / 2:
+    if (lost := n - found.beyond(half_step)) > n / 2 and not (weight and sparse):
         yield (
             f"{site.name}: {lost} of {n} values that are not zero ({lost / n:.2%}) become zero in {format_.width} bits "
             f"with its threshold 2**{m}: {_LOST[site.kind]}"

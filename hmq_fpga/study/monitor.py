@@ -167,6 +167,8 @@ def summary(folder: Path, record: Mapping[str, Any]) -> Table:
     grid.add_row("parity", verdict(parity))
     if "apply" in metrics.get("outputs", ""):
         grid.add_row("outputs", escape(metrics["outputs"]))
+    for line in metrics.get("ranges", []):
+        grid.add_row("ranges", escape(line))
     for line in parity.get("left_out", {}).values():
         grid.add_row("left out", escape(line))
     asked = {name: layer["reuse_factor"] or config["reuse_factor"] for name, layer in config["layers"].items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,8 @@ from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.ir.ops import Shape
 from hmq_fpga.search.layers import parted
-from hmq_fpga.search.quantizers import THRESHOLDS, least_threshold_log2
+from hmq_fpga.search.quantizers import THRESHOLDS
+from hmq_fpga.search.ranges import Magnitudes
 from hmq_fpga.study.data import Array, Dataset
 from hmq_fpga.study.run.stages import write_json
 
@@ -39,7 +41,8 @@ class Normalization:
     def of(cls, x: Array, shapes: Shapes = ()) -> Normalization:
         """Mean and standard deviation of samples `(n, *shape)`, channels first; what never varies is only shifted.
 
-        Several inputs of these `shapes` stand in a row; see `Dataset`.
+        Outliers count as the threshold beyond which they lie, see `Magnitudes`, of their own feature. Several inputs
+        of these `shapes` stand in a row; see `Dataset`.
         """
         if shapes:
             parts = [cls.of(part) for part in _parted(x, shapes)]
@@ -49,7 +52,10 @@ class Normalization:
             ]
             mean, deviation = (np.concatenate(values) for values in zip(*rows, strict=True))
             return cls(mean=mean, deviation=deviation)
-        axes = _all_but_channels(x)
+        axes, largest = _all_but_channels(x), float(np.finfo(np.float32).max)
+        limits = [min(2.0 ** _threshold_log2(values), largest) for values in x.swapaxes(0, 1)]
+        limit = np.array(limits, np.float32).reshape(-1, *[1] * (x.ndim - 2))
+        x = np.clip(x, -limit, limit)
         lo, hi = x.min(axes, keepdims=True)[0], x.max(axes, keepdims=True)[0]
         mean, deviation = (f(x, axis=axes, dtype=np.float64, keepdims=True)[0] for f in (np.mean, np.std))
         return cls(mean=np.where(lo < hi, mean, lo), deviation=np.where(lo < hi, deviation, 1.0))
@@ -105,7 +111,7 @@ def check_scales(x: Array, *, bits: int, shapes: Shapes = ()) -> None:
         for number, part in enumerate(inputs)
         for i in range(part.shape[1])
     ]
-    top = least_threshold_log2(float(max(abs(lo.min()), abs(hi.max()))))
+    top = _threshold_log2(x)
     formats = [
         Fixed.from_threshold(signed=bool(lo.min() < 0), bits=bits, threshold_log2=top - k) for k in range(THRESHOLDS)
     ]
@@ -123,6 +129,13 @@ def check_scales(x: Array, *, bits: int, shapes: Shapes = ()) -> None:
         f"inputs: {named(lost[:NAMED])}{more} would not vary in any {bits}-bit format of the input beside "
         f"{named([largest])}: add --normalize, or scale or leave out what differs"
     )
+
+
+def _threshold_log2(x: Array) -> int:
+    """M of samples `(n, …)`; see `Magnitudes`."""
+    found = Magnitudes(math.prod(x.shape[1:]))
+    found.add(torch.from_numpy(x))
+    return found.threshold_log2
 
 
 def _parted(x: Array, shapes: Shapes) -> list[Array]:

@@ -58,6 +58,28 @@ def test_any_layout(layout, grad_layout):
         assert y.stride() == passed.stride() == x.stride()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_magnitudes_are_counted(layout, dtype):
+    x = LAYOUTS[layout]().to(dtype)
+    x = torch.where(x > 1, 0.0, x).to(x.dtype) if layout == "gaps" else x
+    expected = [0] * kernels.MAGNITUDES
+    for value in x.abs().flatten().tolist():
+        expected[math.ceil(math.log2(value)) + 127 if value else 0] += 1
+    assert kernels.magnitudes(x).tolist() == expected
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_magnitudes_of_many_values_and_of_the_last_ones(threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    x = torch.randn(SIZES[-1], generator=torch.Generator().manual_seed(0)).mul_(1e3).exp2_()  # zeros and infinities too
+    x[:6] = torch.tensor([math.nan, -math.inf, 2.0**127, 1.5 * 2.0**127, 2.0**-126, -0.0])
+    found = kernels.magnitudes(x)
+    assert found.tolist() == torch.bincount(kernels._plain_magnitudes(x), minlength=kernels.MAGNITUDES).tolist()
+    assert (found.sum(), found[256]) == (len(x), 1)
+    assert kernels.magnitudes(x[:0]).sum() == 0
+
+
 def test_not_a_number_stays_one():
     assert kernels.quantize(torch.tensor([math.nan, math.inf]), 0.5, -1.0, 0.5).isnan().tolist() == [True, False]
 

@@ -1,5 +1,6 @@
 """The whole road on real data: an undisturbed run, and one that is killed in every stage."""
 
+import html
 import json
 import re
 import shutil
@@ -266,6 +267,22 @@ def test_a_trained_models_weights_are_the_float_baseline(undisturbed, digits_fil
     again = run(make_config({**config, **steps, "out": tmp_path / "run"}), Quiet())
     assert again["metrics"]["float_accuracy"] == record["metrics"]["float_accuracy"]
     assert again["resolved"]["budget"]["float_steps"] == 0
+
+
+def test_an_outlier_in_the_training_data_stands_in_the_notes(own_model, digits_file, tmp_path):
+    with np.load(digits_file) as archive:
+        arrays = {key: archive[key] for key in archive.files}
+    arrays["x_train"][17, 3] = 1e6
+    np.savez(tmp_path / "faulty.npz", **arrays)
+    steps = {"float_steps": 300, "search_steps": 150, "finetune_steps": 100, "estimate": "none"}
+    config = {"task": f"{own_model}:small", "data": tmp_path / "faulty.npz", "out": tmp_path / "run", **steps}
+    metrics = run(make_config(config), Quiet())["metrics"]
+    (note,) = metrics["ranges"]
+    assert note.startswith("input: 1 of ")
+    assert "exceed its threshold 2**0, up to 2**20, and are clipped: correct or leave out" in note
+    assert note in json.loads((tmp_path / "run" / "layers.json").read_text())["notes"]
+    assert note in html.unescape((tmp_path / "run" / "report.html").read_text())
+    assert metrics["qnet_accuracy"] > metrics["float_accuracy"] - 0.02
 
 
 def test_the_model_is_read_once_where_its_parameters_stay(own_model, digits_file, tmp_path, monkeypatch):

@@ -54,6 +54,20 @@ def test_age_and_income_are_told_apart_by_eight_bits():
     check_scales(x, bits=8)
 
 
+@pytest.mark.parametrize("octaves", [4, 20])
+def test_one_outlier_is_no_scale(octaves):
+    x = RNG.random((1000, 8)).astype(np.float32)
+    expected = Normalization.of(x)
+    x[17, 3] = 2.0**octaves
+    check_scales(x, bits=8)
+    found = Normalization.of(x)
+    np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-2)
+    np.testing.assert_allclose(found.deviation, expected.deviation, rtol=1e-2)
+    check_scales(found(x), bits=8)
+    with pytest.raises(InvalidInput, match="feature 0 .* would not vary .* beside feature 3 .* add --normalize"):
+        check_scales(x * np.where(np.arange(8) == 3, np.float32(2**20), 1), bits=8)
+
+
 def test_normalized_to_mean_zero_and_deviation_one():
     x = samples(1e-6, 1e6, 0) + np.float32([1e-6, 5e6, 0.1])
     found = Normalization.of(x)(x)

@@ -33,6 +33,7 @@ from hmq_fpga.search.graph import QModel
 from hmq_fpga.search.layers import Join, parted, unwrapped
 from hmq_fpga.search.methods import check_budget, find_scheme, make_options
 from hmq_fpga.search.pruning import Logic, Nonzeros, Pruning, widen_thresholds
+from hmq_fpga.search.ranges import range_notes
 from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.reading.exported import is_lazy
 from hmq_fpga.search.target import Target
@@ -383,7 +384,10 @@ class _Run:
             run_codes(model, x, net.output_format), reference.run(net, channels_last(x.numpy()))
         )
         net.save(new / "qnet")
-        write_json(new / LAYERS, description(model))
+        config, described = self.config, description(model)
+        ranges = range_notes(model.to(config.device), self.training, sparse=(config.zeros or config.luts) is not None)
+        model.cpu()
+        write_json(new / LAYERS, {**described, "notes": [*described["notes"], *ranges]})
         outputs = describe_outputs(model, net, self.dataset)
         write_json(new / OUTPUTS, outputs)
         layers = cost.layer_costs(net)
@@ -392,6 +396,7 @@ class _Run:
             **traced,
             "qnet_digest": net.digest,
             "outputs": outputs["note"],
+            "ranges": ranges,
             "macs": sum(layer.macs for layer in layers),
             "weight_bits": sum(layer.weight_bits for layer in layers),
             "bias_bits": sum(layer.bias_bits for layer in layers),
