@@ -64,7 +64,7 @@ def test_one_outlier_is_no_scale(octaves):
     np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-2)
     np.testing.assert_allclose(found.deviation, expected.deviation, rtol=1e-2)
     check_scales(found(x), bits=8)
-    with pytest.raises(InvalidInput, match="feature 0 .* would not vary .* beside feature 3 .* add --normalize"):
+    with pytest.raises(InvalidInput, match=r"feature 0 .* would not vary .* beside feature 3 .* add --normalize"):
         check_scales(x * np.where(np.arange(8) == 3, np.float32(2**20), 1), bits=8)
 
 
