@@ -23,6 +23,7 @@ _HOME = {
     "find_scheme": "hmq_fpga.search.methods:find_scheme",
     "finetune": "hmq_fpga.search.train:finetune",
     "range_notes": "hmq_fpga.search.ranges:range_notes",
+    "pruning": "hmq_fpga.study.budgets:pruning",
     "freeze": "hmq_fpga.search.freeze:freeze",
     "Fixed": "hmq_fpga.ir.fixed:Fixed",
     "Scheme": "hmq_fpga.ir.scheme:Scheme",

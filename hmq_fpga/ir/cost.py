@@ -114,6 +114,16 @@ class LayerCost:
     ebops: int
 
 
+def bops(net: QNet) -> int:
+    """Bit operations of all linear ops."""
+    return sum(layer.bops for layer in layer_costs(net))
+
+
+def ebops(net: QNet) -> int:
+    """Effective bit operations of all linear ops; see `LayerCost`."""
+    return sum(layer.ebops for layer in layer_costs(net))
+
+
 def layer_costs(net: QNet) -> tuple[LayerCost, ...]:
     """Cost of each linear op, in network order."""
     return tuple(_layer_cost(net, op) for op in net.linears)

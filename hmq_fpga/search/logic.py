@@ -1,12 +1,13 @@
-"""Where a search starts that has a bound on the LUTs of the fully unrolled network, and none on bit-widths."""
+"""Where a search starts that has a bound on the network's LUTs or EBOPs, and none on bit-widths."""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
-from hmq_fpga.ir.cost import FLOAT_BITS
+from hmq_fpga.ir.cost import FLOAT_BITS, ebops
 from hmq_fpga.ir.logic import luts
 from hmq_fpga.search.calibrate import least_error_format, max_thresholds_log2, samples, scheme_of
 from hmq_fpga.search.freeze import freeze
@@ -20,11 +21,11 @@ ZEROS = 0.5  # that larger thresholds make before anything is pruned
 
 
 def start(model: QModel, task: Task, target: Target) -> Target:
-    """The target with rates whose network has more logic than its bound on LUTs, if it gives none itself.
+    """The target with rates whose network costs more than its bound on LUTs or EBOPs, if it gives none itself.
 
-    Of `STARTS` the first with room enough by the formula, all weights at one bit-width; else the last.
+    Of `STARTS` the first with room enough, all weights at one bit-width and LUTs by the formula; else the last.
     """
-    if target.luts is None or target.bounded:
+    if target.bounded or not target.pruned:
         return target
     limits, values = max_thresholds_log2(model, task), samples(model, task)
     for rate, activation_bits in STARTS:
@@ -43,6 +44,7 @@ def start(model: QModel, task: Task, target: Target) -> Target:
             for site in model.sites
         }
         trial.set_scheme(scheme_of(trial, formats, {}))
-        if luts(freeze(trial)) > ROOM * target.luts:
+        net = freeze(trial)
+        if luts(net) > ROOM * (target.luts or math.inf) or ebops(net) > ROOM * (target.ebops or math.inf):
             break
     return started

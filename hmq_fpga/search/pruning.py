@@ -1,4 +1,4 @@
-"""Zero weights, which R_w does not see and hardware does not build: as many as asked, or as a bound on logic needs.
+"""Zero weights, which R_w does not see and hardware does not build: as many as asked, or as a bound on a cost needs.
 
 The task loss alone prefers small thresholds that saturate many weights. At the same bit-widths, hence the same R_w,
 larger thresholds round more weights to zero, and pruning while fine-tuning takes out those that matter least: fully
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from hmq_fpga.ir.fixed import Fixed
-from hmq_fpga.ir.logic import luts
 from hmq_fpga.ir.network import QNet
 from hmq_fpga.ir.scheme import Scheme
 from hmq_fpga.search.calibrate import scheme_of
@@ -78,27 +77,28 @@ class Nonzeros:
     measured = size
 
 
-class Logic:
-    """LUTs of the fully unrolled network: between two measurements by the fitted formula, corrected by the last one.
+class NetworkCost:
+    """A cost of the integer network: between two measurements by an estimate, corrected by the last one.
 
     Args:
-        most: LUTs.
-        measure: the figure that counts, of a network.
+        most: what is wanted of it.
+        measure: the figure that counts.
+        estimate: a faster one.
     """
 
-    def __init__(self, most: float, measure: Callable[[QNet], float]) -> None:
+    def __init__(self, most: float, measure: Callable[[QNet], float], estimate: Callable[[QNet], float]) -> None:
         self.most = most
-        self._measure, self._correction = measure, 1.0
+        self._measure, self._estimate, self._correction = measure, estimate, 1.0
 
     def size(self, model: QModel) -> float:
-        """By the formula."""
-        return luts(freeze(model)) * self._correction
+        """By the estimate."""
+        return self._estimate(freeze(model)) * self._correction
 
     def measured(self, model: QModel) -> float:
-        """By the tracer."""
+        """By the figure that counts."""
         net = freeze(model)
         size = self._measure(net)
-        self._correction = size / max(luts(net), 1)
+        self._correction = size / max(self._estimate(net), 1)
         return size
 
 

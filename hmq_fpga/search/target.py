@@ -65,8 +65,8 @@ class Target:
         weight_rate: R_w, bits of the float weights over bits of the quantized ones.
         weight_bits: most bits of all weights together, biases not counted.
         bops: most bit operations for one sample: products x weight bits x activation bits.
-        luts: most LUTs of the fully unrolled network, which pruning while fine-tuning keeps; see `logic.start` for the
-            bounds of the search where no other is given.
+        luts, ebops: most LUTs of the fully unrolled network, and most effective bit operations, which pruning while
+            fine-tuning keeps; where no other bound is given, the search has those of `logic.start`.
         activation_rate: R_a, bits of the largest float activation over those of the costliest quantized one.
         bits: B, the bit-widths that a weight may get.
         tensor_bits: B of single weights, by name or pattern of names; of the input and activations the largest is an
@@ -78,13 +78,14 @@ class Target:
     weight_bits: float | None = None
     bops: float | None = None
     luts: float | None = None
+    ebops: float | None = None
     activation_rate: float = 4.0
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
     tensor_bits: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     max_activation_bits: int = 8
 
     def __post_init__(self) -> None:
-        if not self.bounded and self.luts is None:
+        if not self.bounded and not self.pruned:
             object.__setattr__(self, "weight_rate", DEFAULT_RATE)
         for of, bits in {"": self.bits, **{f" of {name!r}": bits for name, bits in self.tensor_bits.items()}}.items():
             if not bits or list(bits) != sorted(set(bits)) or not 1 <= bits[0] <= bits[-1] <= 16:
@@ -104,6 +105,11 @@ class Target:
     def bounded(self) -> bool:
         """Whether there is a bound on the bit-widths of weights."""
         return any(bound is not None for bound in (self.weight_rate, self.weight_bits, self.bops))
+
+    @property
+    def pruned(self) -> bool:
+        """Whether there is a bound that pruning has to keep."""
+        return self.luts is not None or self.ebops is not None
 
     def check(self, model: QModel) -> None:
         """Raise `InvalidInput` when R_a leaves a tensor of `model` too few bits, naming it.

@@ -3,15 +3,18 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from hmq_fpga.deploy.rtl.estimate import traced_luts
 from hmq_fpga.deploy.rtl.trace import trace
 from hmq_fpga.ir import cost
+from hmq_fpga.ir.logic import luts
 from hmq_fpga.search.freeze import freeze
 from hmq_fpga.search.logic import start
-from hmq_fpga.search.methods import find_scheme
-from hmq_fpga.search.pruning import Logic, Nonzeros, Pruning, share_of_zeros, widen_thresholds
+from hmq_fpga.search.methods import METHODS, find_scheme
+from hmq_fpga.search.pruning import NetworkCost, Nonzeros, Pruning, share_of_zeros, widen_thresholds
 from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.target import Target
 from hmq_fpga.search.train import Budget, evaluate, finetune
+from hmq_fpga.study.budgets import pruning
 
 
 def test_zeros_that_were_asked_for_at_the_same_rate(mlp, digits):
@@ -47,12 +50,23 @@ def test_logic_is_bounded_by_the_tracers_figure(most, mlp, digits):
         asked.append(trace(net).cost)
         return asked[-1]
 
-    pruning = Pruning(model, Logic(most, measure))
+    pruning = Pruning(model, NetworkCost(most, measure, luts))
     finetune(model, digits, steps=1500, learning_rate=2e-3, seed=0, shaping=pruning)
     assert asked[0] > most
     assert 0.85 * most <= trace(freeze(model)).cost <= most
     assert len(asked) < 20
     assert evaluate(model, digits)["val_accuracy"] > 0.7
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("bound", "most"), [("luts", 2000), ("ebops", 12_000)])
+def test_every_method_leaves_room_for_what_pruning_keeps(bound, most, method, mlp, digits, budget):
+    model, target = instrument(mlp, digits.input_shape, input_signed=False), Target(**{bound: most})
+    model, scheme, _ = find_scheme(model, digits, budget, target, method=method)
+    assert sorted(scheme) == sorted(site.name for site in model.sites)
+    finetune(model, digits, steps=300, learning_rate=2e-3, seed=0, shaping=pruning(model, target))
+    net = freeze(model)
+    assert 0.8 * most <= {"luts": traced_luts, "ebops": cost.ebops}[bound](net) <= most
 
 
 @pytest.mark.parametrize(("most", "rate", "bits"), [(1500, 13, 4), (1e6, 4, 8)])

@@ -68,7 +68,7 @@ def bad_calls(tmp_path, data, own):
         "too few outputs": ([f"{own}:narrow", "--data", data], "but the data have 10 classes"),
         "unreachable R_w": (["digits_mlp", "--rw", "40"], "choose from 4 to 16"),
         "unreachable bit operations": (["digits_mlp", "--bops", "1000"], "1,000 bit operations are out of reach: the"),
-        "zeros and LUTs": (["digits_mlp", "--luts", "900", "--zeros", "0.5"], "zeros and luts both prune: give one"),
+        "zeros and LUTs": (["digits_mlp", "--luts", "900", "--zeros", "0.5"], "zeros and luts all prune: give one"),
         "no bit operations": (["digits_mlp", "--bops", "0"], "setting 'bops': Input should be greater than 0"),
         "unreachable R_a": (["digits_mlp", "--ra", "100"], "leaves tensor 'input'"),
         "unknown method": (["digits_mlp", "--method", "magic"], "there are hmq, uniform"),

@@ -80,7 +80,7 @@ def find_scheme(
     model, scheme, history = METHODS[method].function(
         model, task, budget, started, settings, seed=seed, listener=listener
     )
-    if target.luts is not None:
+    if target.pruned:
         scheme = widen_thresholds(model, scheme, ZEROS)
         model.set_scheme(scheme)
     return model, scheme, history

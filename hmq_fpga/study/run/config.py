@@ -19,6 +19,7 @@ BOUNDS = {
     "weight_bits": "weight bits",
     "bops": "bit operations",
     "luts": "LUTs",
+    "ebops": "EBOPs",
 }  # settings, and what people call them
 
 ACTUAL = {"rw": "rw_actual", "luts": "luts_actual"}  # metrics that are not called like the setting
@@ -53,7 +54,7 @@ class RunConfig(BaseModel):
 
     Attributes:
         task: a name that `hmq-fpga tasks` lists, or `FILE.py:FUNCTION`.
-        rw, weight_bits, bops, luts: bounds, as in `Target`; R_w = 8 where none is given.
+        rw, weight_bits, bops, luts, ebops: bounds, as in `Target`; R_w = 8 where none is given.
         ra: target R_a.
         bits: bit-widths that a weight may get.
         tensor_bits: the same for single weights, by name (`conv1.weight`) or pattern (`*.weight`); of the input and of
@@ -90,6 +91,7 @@ class RunConfig(BaseModel):
     weight_bits: float | None = Field(default=None, gt=0)
     bops: float | None = Field(default=None, gt=0)
     luts: float | None = Field(default=None, gt=0)
+    ebops: float | None = Field(default=None, gt=0)
     ra: float = 4.0
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
     tensor_bits: dict[str, tuple[int, ...]] = Field(default_factory=dict)
@@ -120,8 +122,8 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _one_pruning(self) -> RunConfig:
-        if self.luts is not None and self.zeros is not None:
-            raise ValueError("zeros and luts both prune: give one")
+        if len(given := [name for name in ("zeros", "luts", "ebops") if getattr(self, name) is not None]) > 1:
+            raise ValueError(f"{' and '.join(given)} all prune: give one")
         return self
 
     @model_validator(mode="before")

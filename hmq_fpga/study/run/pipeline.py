@@ -32,13 +32,14 @@ from hmq_fpga.search.freeze import freeze, outline, run_codes
 from hmq_fpga.search.graph import QModel
 from hmq_fpga.search.layers import Join, parted, unwrapped
 from hmq_fpga.search.methods import check_budget, find_scheme, make_options
-from hmq_fpga.search.pruning import Logic, Nonzeros, Pruning, widen_thresholds
+from hmq_fpga.search.pruning import Nonzeros, Pruning, widen_thresholds
 from hmq_fpga.search.ranges import range_notes
 from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.reading.exported import is_lazy
 from hmq_fpga.search.target import Target
 from hmq_fpga.search.train import Distillation, Listener, Output, accuracy, finetune, finished, fit, like, predict
 from hmq_fpga.search.train import Task as TrainingTask
+from hmq_fpga.study.budgets import pruning
 from hmq_fpga.study.data import Dataset, channels_last
 from hmq_fpga.study.pages import run_page as page
 from hmq_fpga.study.run.config import RunConfig, make_config
@@ -82,6 +83,7 @@ def run(config: RunConfig, monitor: Monitor, *, shared: Path | None = None, pati
         weight_bits=config.weight_bits,
         bops=config.bops,
         luts=config.luts,
+        ebops=config.ebops,
         activation_rate=config.ra,
         bits=config.bits,
         tensor_bits=config.tensor_bits,
@@ -260,7 +262,7 @@ class _Run:
                 settings=data
                 | {"steps": budget.finetune_steps, "learning_rate": budget.learning_rate, "zeros": config.zeros}
                 | ({"distill": True} if config.distill else {})
-                | ({"luts": config.luts} if config.luts is not None else {}),
+                | {name: most for name in ("luts", "ebops") if (most := getattr(config, name)) is not None},
                 needs=("search",),
                 makes=("finetune.pt", "finetune.json"),
                 versions=trained,
@@ -344,7 +346,7 @@ class _Run:
 
     def finetune(self, new: Path) -> dict[str, Any]:
         config = self.config
-        model = self.quantized("search.pt").to(config.device)
+        model, zeros = self.quantized("search.pt").to(config.device), config.zeros
         teacher = self.model.to(config.device).eval()  # which holds the float training's parameters
         history = finetune(
             model,
@@ -352,7 +354,7 @@ class _Run:
             steps=self.budget.finetune_steps,
             learning_rate=self.budget.learning_rate,
             seed=config.seed,
-            shaping=self.pruning(model),
+            shaping=pruning(model, self.target) if zeros is None else Pruning(model, Nonzeros(zeros)),
             distillation=Distillation(teacher=teacher) if config.distill else None,
             listener=self.listener,
         )
@@ -360,13 +362,6 @@ class _Run:
         torch.save(model.cpu().state_dict(), new / "finetune.pt")
         write_json(new / "finetune.json", history)
         return {}
-
-    def pruning(self, model: QModel) -> Pruning | None:
-        """What keeps the share of zeros or the bound on logic that is asked for."""
-        zeros, most = self.config.zeros, self.config.luts
-        if most is not None:
-            return Pruning(model, Logic(most, traced_luts))
-        return None if zeros is None else Pruning(model, Nonzeros(zeros))
 
     def quantized(self, state: str) -> Any:
         """The instrumented model with the scheme that was found and a saved state."""
@@ -385,7 +380,9 @@ class _Run:
         )
         net.save(new / "qnet")
         config, described = self.config, description(model)
-        ranges = range_notes(model.to(config.device), self.training, sparse=(config.zeros or config.luts) is not None)
+        ranges = range_notes(
+            model.to(config.device), self.training, sparse=config.zeros is not None or self.target.pruned
+        )
         model.cpu()
         write_json(new / LAYERS, {**described, "notes": [*described["notes"], *ranges]})
         outputs = describe_outputs(model, net, self.dataset)
@@ -400,8 +397,8 @@ class _Run:
             "macs": sum(layer.macs for layer in layers),
             "weight_bits": sum(layer.weight_bits for layer in layers),
             "bias_bits": sum(layer.bias_bits for layer in layers),
-            "bops": sum(layer.bops for layer in layers),
-            "ebops": sum(layer.ebops for layer in layers),
+            "bops": cost.bops(net),
+            "ebops": cost.ebops(net),
             "zero_weights": float(np.mean(np.concatenate([op.weight.ravel() for op in net.linears]) == 0)),
         }
 

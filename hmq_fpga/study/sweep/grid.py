@@ -36,7 +36,7 @@ class SweepConfig(BaseModel):
 
     Attributes:
         task: a name that `hmq-fpga tasks` lists, or `FILE.py:FUNCTION`.
-        rw, weight_bits, bops, luts: bounds, as of a run; where none is given, seven R_w.
+        rw, weight_bits, bops, luts, ebops: bounds, as of a run; where none is given, seven R_w.
         ra: targets R_a.
         methods: search methods.
         seeds: of everything random.
@@ -51,6 +51,7 @@ class SweepConfig(BaseModel):
     weight_bits: tuple[float, ...] = ()
     bops: tuple[float, ...] = ()
     luts: tuple[float, ...] = ()
+    ebops: tuple[float, ...] = ()
     ra: tuple[float, ...] = Field(default=(4.0,), min_length=1)
     methods: tuple[str, ...] = Field(default=("hmq",), min_length=1)
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
