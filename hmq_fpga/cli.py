@@ -63,6 +63,7 @@ io_type = click.option("--io-type", type=click.Choice(get_args(IoType)), help="S
 @device
 @click.option("--data", type=click.Path(path_type=Path), help="An .npz file, or a folder of such files.")
 @normalize
+@click.option("--keep-final", is_flag=True, default=None, help="A regression's final tanh or sigmoid in hardware, too.")
 @click.option("--weights", type=click.Path(path_type=Path), help="State dict of a trained model; no float training.")
 @backend
 @io_type

@@ -3,11 +3,15 @@
 import copy
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hmq_fpga.ir import reference
+from hmq_fpga.ir.errors import UnsupportedLayer
+from hmq_fpga.search.freeze import freeze, run_codes
 from hmq_fpga.search.methods import find_scheme
 from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.target import Target
@@ -102,10 +106,14 @@ def squashed():
     return Task(x_train=x[:800], y_train=y[:800], x_val=x[800:], y_val=y[800:])
 
 
-def quantized(model, task, rate):
-    read = instrument(model, task.input_shape, input_signed=task.input_signed)
+def quantized(model, task, rate, **settings):
+    read = instrument(model, task.input_shape, input_signed=task.input_signed, **settings)
     read, _, _ = find_scheme(read, task, Budget(search_steps=600), Target(weight_rate=rate))
     finetune(read, task, steps=600, learning_rate=2e-3, seed=0)
+    net = freeze(read)
+    np.testing.assert_array_equal(
+        run_codes(read, task.x_val, net.output_format), reference.run(net, task.x_val.numpy())
+    )
     return evaluate(read, task)
 
 
@@ -116,6 +124,12 @@ def test_search_and_finetuning_learn_what_comes_after_a_tanh():
     fit(model, task, steps=1000, learning_rate=1e-2, seed=0)
     before = evaluate(model, task)["val_loss"]
     assert quantized(model, task, 4)["val_loss"] < before + 0.002
+    assert quantized(model, task, 4, keep_final=True)["val_loss"] < before + 0.002
+
+
+def test_what_a_kept_final_function_cannot_be():
+    with pytest.raises(UnsupportedLayer, match=r"'1' \(Softmax\): is no function of one value, so hardware cannot"):
+        instrument(nn.Sequential(nn.Linear(8, 4), nn.Softmax(1)), (8,), keep_final=True)
 
 
 def test_a_loss_of_probabilities_gets_probabilities(digits):

@@ -18,6 +18,7 @@ from hmq_fpga.deploy.hls.project import HlsProject
 from hmq_fpga.ir import reference
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.network import QNet
+from hmq_fpga.ir.ops import Table
 from hmq_fpga.ir.scheme import Scheme
 from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.train import ignore
@@ -392,6 +393,22 @@ def spoiled_labels(path, arrays):
     """The same data with a third class."""
     np.savez(path, **(arrays | {"y_train": np.arange(900) % 3}))
     return path
+
+
+def test_a_final_function_can_be_kept_in_hardware(own_model, digits_file, tmp_path):
+    with np.load(digits_file) as archive:
+        images = {split: archive[f"x_{split}"].reshape(-1, 8, 8)[:100] for split in ("train", "test")}
+    arrays = {f"{kind}_{split}": x if kind == "x" else x[:, None] for split, x in images.items() for kind in "xy"}
+    np.savez(tmp_path / "images.npz", **arrays)
+    config = {"task": f"{own_model}:mirror", "data": tmp_path / "images.npz", "out": tmp_path / "run", "rw": 6}
+    steps = {"float_steps": 100, "search_steps": 150, "finetune_steps": 20, "estimate": "model", "keep_final": True}
+    record = run(make_config(config | steps), Quiet())
+    assert record["metrics"]["parity_passed"]
+    assert record["metrics"]["outputs"] == "as the model returns them"
+    net = QNet.load(tmp_path / "run" / "qnet")
+    assert isinstance(net.ops[-1], Table)
+    with pytest.raises(InvalidInput, match="keep_final is for regressions"):
+        run(make_config({"task": "digits_mlp", "keep_final": True, "out": tmp_path / "classes"}), Quiet())
 
 
 def test_several_outputs_are_a_regression_of_all_in_a_row(own_model, digits_file, tmp_path):

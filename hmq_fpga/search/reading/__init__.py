@@ -25,7 +25,11 @@ _TOLERANCE = 1e-4  # of a model in float64, whose folded weights are float32
 
 
 def instrument(
-    model: nn.Module, input_shape: Shape | Sequence[Shape] | Mapping[str, Shape], *, input_signed: bool = True
+    model: nn.Module,
+    input_shape: Shape | Sequence[Shape] | Mapping[str, Shape],
+    *,
+    input_signed: bool = True,
+    keep_final: bool = False,
 ) -> QModel:
     """Read a float model and put a quantizer site at every tensor that becomes a type in hardware.
 
@@ -40,6 +44,7 @@ def instrument(
         model: any module that torch.export can read and whose operations are supported.
         input_shape: shape of one sample, channels first; of several inputs one each, in order or by keyword.
         input_signed: whether inputs can be negative.
+        keep_final: whether a final tanh or sigmoid becomes a table in hardware; else it is left out.
 
     Raises:
         UnsupportedLayer: naming the operation that is not supported, its module and the place in the user's code; or
@@ -47,7 +52,7 @@ def instrument(
         InvalidInput: when the model cannot be copied or exported, holds NaN, or does not take `input_shape`.
     """
     exported = export(model, _shapes(input_shape), signed=input_signed)
-    draft = Reader(exported, TABLE, MOVES).read()
+    draft = Reader(exported, TABLE, MOVES, keep_final=keep_final).read()
     if not any(isinstance(layer, LINEAR_LAYERS) for layer in draft.layers.values()):
         raise UnsupportedLayer("model: no Linear and no convolution in it, so there is no weight to quantize")
     simplify(draft)

@@ -546,13 +546,13 @@ _FINAL = ("sigmoid", "tanh", "log_sigmoid")
     *_FUNCTIONS,
     about=(
         "a table from each code of a value of at most 12 bits to a code of the learned format; a final "
-        "sigmoid or tanh is left out"
+        "sigmoid or tanh is left out, unless it is to be kept"
     ),
 )
 def _function(r: Reader, x: Value, **_numbers: Any) -> Any:
     """Any function of one value: its other arguments are numbers."""
     name, function = r.function()
-    if r.is_last and name in _FINAL:
+    if r.is_last and name in _FINAL and not r.keep_final:
         return r.final(x, function)
     return r.layer(Function(name, function), x)
 
@@ -570,6 +570,8 @@ def _softmax(r: Reader, x: Value | Finished, dim: Any = None, **_settings: Any) 
         raise UnsupportedLayer("is taken over the batch; give the dimension of the scores, such as dim=1")
     if not r.is_last:
         raise UnsupportedLayer("is supported at the very end only, where it is removed; use ReLU here")
+    if r.keep_final:
+        raise UnsupportedLayer("is no function of one value, so hardware cannot keep it; do not ask for the final one")
     return r.final(x, r.function()[1])
 
 

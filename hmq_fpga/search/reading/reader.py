@@ -65,8 +65,10 @@ Read = Callable[..., Any]
 class Reader:
     """Reads an exported module into a draft."""
 
-    def __init__(self, exported: Exported, table: dict[str, Read], moves: frozenset[str]) -> None:
-        self._exported, self._table, self._moves = exported, table, moves
+    def __init__(
+        self, exported: Exported, table: dict[str, Read], moves: frozenset[str], *, keep_final: bool = False
+    ) -> None:
+        self._exported, self._table, self._moves, self.keep_final = exported, table, moves, keep_final
         program = exported.program
         self._graph = program.graph
         users = program.graph_signature.user_inputs

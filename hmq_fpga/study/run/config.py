@@ -68,6 +68,8 @@ class RunConfig(BaseModel):
         data: file or folder in place of the task's own source.
         normalize: whether inputs lose the training data's mean and are divided by its deviation, of each feature or
             channel; both are kept in the run's `normalization.json`, and the hardware takes inputs so normalized.
+        keep_final: whether a final tanh or sigmoid of a regression becomes a table in hardware; else it is left out,
+            and the run says what to apply to its outputs.
         weights: file with the state dict of a model that is trained already: no float training unless `float_steps`
             says so.
         float_steps, search_steps, finetune_steps: optimizer steps in place of the task's; `float_steps: 0` takes the
@@ -104,6 +106,7 @@ class RunConfig(BaseModel):
     device: Literal["cpu", "cuda"] = "cpu"
     data: Path | None = None
     normalize: bool = False
+    keep_final: bool = False
     weights: Path | None = None
     float_steps: int | None = Field(default=None, ge=0)
     search_steps: int | None = Field(default=None, ge=1)

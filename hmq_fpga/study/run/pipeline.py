@@ -134,6 +134,10 @@ class _Run:
         self.backends, self.left_out = split_by_installed()
         self.batch_size, self.source = task.batch_size, task.source
         require_device(config.device)
+        if config.keep_final and not dataset.regression:
+            raise InvalidInput(
+                f"{config.task}: keep_final is for regressions: a class is told by the values before the final function"
+            )
         self.training = training_task(dataset, task.batch_size, config.device)
         torch.manual_seed(config.seed)
         self.model = task.build()
@@ -159,7 +163,12 @@ class _Run:
         """The current float model with its sites: read again only where its parameters have changed since."""
         digest = _digest(self.own.state_dict())
         if self.read is None or self.read[0] != digest:
-            made = instrument(self.model, self.training.input_shape, input_signed=self.training.input_signed)
+            made = instrument(
+                self.model,
+                self.training.input_shape,
+                input_signed=self.training.input_signed,
+                keep_final=self.config.keep_final,
+            )
             self.read = digest, made
         return self.read[1]
 
@@ -237,7 +246,7 @@ class _Run:
     def stages(self) -> list[Stage]:
         config, budget = self.config, self.budget
         finals = [final.name for final in self.instrumented().finals if final]
-        data = self.basis | ({"finals": finals} if finals else {})
+        data = self.basis | ({"finals": finals} if finals else {}) | ({"keep_final": True} if config.keep_final else {})
         searching = {
             "method": config.method,
             "zeros": config.zeros,
