@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -85,6 +85,28 @@ class Final:
     function: Callable[[Tensor], Tensor]
 
 
+class Statistics(NamedTuple):
+    """Of a tensor over the training set, as the user's BatchNorm stored them.
+
+    Attributes:
+        mean, deviation: `(channels,)`.
+        axis: the dimension of a sample along which the channels stand.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+    axis: int = 0
+
+    def scaled(self, scale: Tensor | float, shift: Tensor | float = 0.0) -> Statistics:
+        """Those of `x * scale + shift`, where these are of `x`."""
+        return self._replace(mean=self.mean * scale + shift, deviation=self.deviation * abs(scale))
+
+    def of(self, x: Tensor) -> Statistics:
+        """The same figures of a batch `(batch, *shape)`."""
+        channels = x.movedim(self.axis + 1, 0).flatten(1)
+        return self._replace(mean=channels.mean(1), deviation=channels.std(1, correction=0))
+
+
 def weight_site(layer: str) -> str:
     """Site name of a layer's weight."""
     return f"{layer}.weight"
@@ -149,6 +171,7 @@ class QModel(nn.Module):
         nodes: the layers, in execution order.
         notes: what instrumentation folded, removed or replaced, one sentence each.
         finals: for each output, the function of the user's model that hardware leaves out; None where there is none.
+        statistics: what the user's BatchNorms knew of tensors, by name; folding moved them along with the values.
     """
 
     def __init__(
@@ -159,9 +182,10 @@ class QModel(nn.Module):
         sites: Iterable[Site],
         notes: Iterable[str],
         finals: Iterable[Final | None] = (),
+        statistics: Mapping[str, Statistics] | None = None,
     ) -> None:
         super().__init__()
-        self.inputs = dict(inputs)
+        self.inputs, self.statistics = dict(inputs), dict(statistics or {})
         self.nodes, self.sites, self.notes = tuple(nodes), tuple(sites), tuple(notes)
         self.finals = tuple(finals)
         self.layers = nn.ModuleList(layers[node.name] for node in self.nodes)
@@ -309,6 +333,7 @@ class QModel(nn.Module):
         x: Tensor,
         grids: Mapping[str, Grid] | Mapping[str, TrainedGrid] | None = None,
         observe: Callable[[str, Tensor], None] | None = None,
+        follow: Callable[[str, Tensor], None] | None = None,
     ) -> Tensor:
         """Output for `x`, `(batch, *input_shape)`; several inputs, and several outputs, stand in a row.
 
@@ -316,6 +341,7 @@ class QModel(nn.Module):
             x: real inputs.
             grids: quantizer of each site by name, in place of the frozen ones; a site that is left out stays float.
             observe: called with the name and the unquantized tensor of the input and of every activation.
+            follow: called with the name and the values of every tensor that layers read or the model puts out.
         """
         grids = self._grids if grids is None else grids
         inputs = {
@@ -333,6 +359,9 @@ class QModel(nn.Module):
             values |= zip(names, quantized, strict=True)
 
         tensors = {name: values[name] for name in inputs}
+        if follow:
+            for name, tensor in tensors.items():
+                follow(name, tensor)
         relus: set[str] = set()  # that a dense layer is to apply
         origins: dict[str, tuple[Tensor, Grid | TrainedGrid]] = {}  # what tensors were quantized from, and how
         origins |= {name: (x, grids[name]) for name, x in inputs.items() if name in grids and name not in dense}
@@ -379,6 +408,8 @@ class QModel(nn.Module):
                         tensors[name] = layer(*sources)
                 if origin and isinstance(layer, Move) and layer.is_reshape:
                     origins[name] = origin
+            if follow:
+                follow(name, tensors[name])
             del sources
             for done in read:
                 del tensors[done]

@@ -58,7 +58,7 @@ def instrument(
     simplify(draft)
     sites = place_sites(draft, input_signed=input_signed)
     _end(draft, output_names(exported.program))
-    read = QModel(draft.inputs, draft.layers, draft.nodes.values(), sites, draft.notes, draft.finals)
+    read = QModel(draft.inputs, draft.layers, draft.nodes.values(), sites, draft.notes, draft.finals, draft.statistics)
     if draft.is_exact:
         _compare(read, exported)
     return read

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from hmq_fpga.ir.ops import Shape
-from hmq_fpga.search.graph import Final, Node
+from hmq_fpga.search.graph import Final, Node, Statistics
 
 
 @dataclass
@@ -21,6 +21,7 @@ class Draft:
         nodes, layers: by the name of the tensor that a layer makes.
         outputs: the tensors that the user's model returns.
         finals: for each output the function that was left out, or None.
+        statistics: of tensors that a BatchNorm reads, or whose values it has since passed on.
         notes: what was folded, removed or replaced, a sentence each.
         is_exact: whether the draft computes what the user's model does.
     """
@@ -30,6 +31,7 @@ class Draft:
     layers: dict[str, nn.Module] = field(default_factory=dict)
     outputs: list[str] = field(default_factory=list)
     finals: list[Final | None] = field(default_factory=list)
+    statistics: dict[str, Statistics] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     is_exact: bool = True
 
@@ -66,6 +68,7 @@ class Draft:
         """Take a layer with one source out: who read its tensor reads the source."""
         (source,) = self.nodes.pop(name).sources
         del self.layers[name]
+        self.statistics.pop(name, None)
         for reader in self.readers(name):
             node = self.nodes[reader]
             self.nodes[reader] = replace(node, sources=tuple(source if s == name else s for s in node.sources))

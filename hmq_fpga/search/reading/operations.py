@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hmq_fpga.ir.errors import UnsupportedLayer
 from hmq_fpga.ir.ops import Shape
+from hmq_fpga.search.graph import Statistics
 from hmq_fpga.search.layers import (
     Activation,
     Add,
@@ -251,7 +252,7 @@ def _batch_norm(
         raise UnsupportedLayer("BatchNorm needs track_running_stats=True")
     scale = torch.rsqrt(running_var + eps) * (1 if weight is None else weight)
     shift = (0 if bias is None else bias) - running_mean * scale
-    return r.affine(x, scale, shift, 0)
+    return r.normalized(x, scale, shift, Statistics(running_mean, running_var.sqrt()))
 
 
 def _scaled(r: Reader, x: Value, scale: Any, shift: Any) -> Value:

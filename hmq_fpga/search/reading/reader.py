@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from hmq_fpga.ir.errors import InvalidInput, UnsupportedLayer
 from hmq_fpga.ir.ops import Shape
-from hmq_fpga.search.graph import INPUT, Final, Node
+from hmq_fpga.search.graph import INPUT, Final, Node, Statistics
 from hmq_fpga.search.layers import FORMATTED_LAYERS, MERGING_LAYERS, Activation, Affine, AvgPool, Concat, MaxPool, Move
 from hmq_fpga.search.reading.draft import Draft
 from hmq_fpga.search.reading.exported import BATCH, Exported, place
@@ -293,6 +293,14 @@ class Reader:
     def affine(self, x: Value, weight: Tensor, bias: Tensor, axis: int | None) -> Value:
         """`x * weight + bias` along a dimension of the sample."""
         return self.layer(Affine(weight.float(), bias.float(), axis), x, shape=x.shape)
+
+    def normalized(self, x: Value, weight: Tensor, bias: Tensor, statistics: Statistics) -> Value:
+        """`x * weight + bias` along the channels, where `x` is known to have these statistics."""
+        made = self.affine(x, weight, bias, 0)
+        name, affine = next(reversed(self.draft.layers.items()))
+        (source,) = self.draft.nodes[name].sources
+        self.draft.statistics[source] = statistics._replace(axis=affine.axis)
+        return made
 
     def final(self, x: Value | Finished, function: Callable[[Tensor], Tensor]) -> Finished:
         """A function that is left out, since only its result is returned."""

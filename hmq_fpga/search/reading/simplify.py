@@ -82,6 +82,10 @@ def fold_into_maker(draft: Draft, name: str) -> str | None:
     weight, bias = layer.weight.detach().double(), _bias(layer)
     along = _along_outputs(layer, scale)
     _set(layer, weight * along, bias * scale + shift)
+    if name in draft.statistics:
+        draft.statistics[source] = draft.statistics[name]
+    elif source in draft.statistics:
+        draft.statistics[source] = draft.statistics[source].scaled(scale, shift)
     draft.remove(name)
     return draft.path(source)
 
@@ -185,8 +189,8 @@ def settle_clips(draft: Draft) -> None:
             draft.notes.append(f"{path} clips at {limit:g} instead of {high:g}")
             draft.is_exact = False
             continue
-        _multiply(makers, limit / high, biases=True)
-        _multiply(takers, high / limit, biases=False)
+        _scale_makers(draft, makers, limit / high)
+        _scale_takers(draft, name, takers, high / limit)
         draft.notes.append(f"{path} clips at {limit:g} instead of {high:g}: the weights before and after are scaled")
 
 
@@ -202,9 +206,9 @@ def settle_means(draft: Draft) -> None:
         rest, path = layer.divisor / layer.values, draft.nodes[name].path
         takers, makers = _takers(draft, name), _makers(draft, draft.nodes[name].sources[0])
         if takers is not None:
-            _multiply(takers, rest, biases=False)
+            _scale_takers(draft, name, takers, rest)
         elif makers is not None:
-            _multiply(makers, rest, biases=True)
+            _scale_makers(draft, makers, rest)
         else:
             raise UnsupportedLayer(
                 f"model: layer {path!r}: a mean over {layer.values} values, no power of two, and no layer before or "
@@ -213,16 +217,16 @@ def settle_means(draft: Draft) -> None:
         draft.notes.append(f"{path} divides by {layer.divisor} instead of {layer.values}: nearby weights take the rest")
 
 
-def _takers(draft: Draft, name: str) -> list[nn.Module] | None:
-    """The layers with weights that read `name` in the end, if nothing else does."""
-    found: list[nn.Module] = []
+def _takers(draft: Draft, name: str) -> list[str] | None:
+    """The layers with weights that read `name` in the end, and those on the way, if nothing else does."""
+    found: list[str] = []
     readers = draft.readers(name)
     if not readers or name in draft.outputs:
         return None
     for reader in readers:
         layer = draft.layers[reader]
+        found.append(reader)
         if isinstance(layer, LINEAR_LAYERS):
-            found.append(layer)
             continue
         further = _takers(draft, reader) if _is_homogeneous(layer) else None
         if further is None:
@@ -231,17 +235,17 @@ def _takers(draft: Draft, name: str) -> list[nn.Module] | None:
     return found
 
 
-def _makers(draft: Draft, name: str) -> list[nn.Module] | None:
-    """The layers with weights that make `name` in the end, if `name` is all that they are read for."""
+def _makers(draft: Draft, name: str) -> list[str] | None:
+    """The layers with weights that make `name` in the end, and those on the way, if it is all they are read for."""
     if name in draft.inputs or draft.reader(name) is None:
         return None
     layer = draft.layers[name]
     if isinstance(layer, LINEAR_LAYERS):
-        return [layer]
+        return [name]
     if not (_is_homogeneous(layer) or isinstance(layer, _LINEAR_MERGES)):
         return None
     further = [_makers(draft, source) for source in draft.nodes[name].sources]
-    return None if None in further else [maker for makers in further if makers for maker in makers]
+    return None if None in further else [name, *(maker for makers in further if makers for maker in makers)]
 
 
 def _is_homogeneous(layer: nn.Module) -> bool:
@@ -251,7 +255,26 @@ def _is_homogeneous(layer: nn.Module) -> bool:
     return isinstance(layer, (*MOVING_LAYERS, nn.LeakyReLU, AvgPool))
 
 
-def _multiply(layers: list[nn.Module], factor: float, *, biases: bool) -> None:
-    for layer in layers:
-        weight: Any = layer.weight
-        _set(layer, weight.detach().double() * factor, _bias(layer) * (factor if biases else 1))
+def _scale_makers(draft: Draft, makers: list[str], factor: float) -> None:
+    """Let what `_makers` found make `factor` times as much."""
+    for name in makers:
+        layer: Any = draft.layers[name]
+        if isinstance(layer, LINEAR_LAYERS):
+            _set(layer, layer.weight.detach().double() * factor, _bias(layer) * factor)
+    _scale_statistics(draft, makers, factor)
+
+
+def _scale_takers(draft: Draft, tensor: str, takers: list[str], factor: float) -> None:
+    """Let what `_takers` found of a tensor take `factor` times what they read, which became less by that."""
+    for name in takers:
+        layer: Any = draft.layers[name]
+        if isinstance(layer, LINEAR_LAYERS):
+            _set(layer, layer.weight.detach().double() * factor, _bias(layer))
+    between = [name for name in takers if not isinstance(draft.layers[name], LINEAR_LAYERS)]
+    _scale_statistics(draft, [tensor, *between], 1 / factor)
+
+
+def _scale_statistics(draft: Draft, tensors: list[str], factor: float) -> None:
+    for name in tensors:
+        if name in draft.statistics:
+            draft.statistics[name] = draft.statistics[name].scaled(factor)
