@@ -99,7 +99,7 @@ class Statistics(NamedTuple):
 
     def scaled(self, scale: Tensor | float, shift: Tensor | float = 0.0) -> Statistics:
         """Those of `x * scale + shift`, where these are of `x`."""
-        return self._replace(mean=self.mean * scale + shift, deviation=self.deviation * abs(scale))
+        return self._replace(mean=self.mean * scale + shift, deviation=self.deviation * torch.as_tensor(scale).abs())
 
     def of(self, x: Tensor) -> Statistics:
         """The same figures of a batch `(batch, *shape)`."""

@@ -60,6 +60,29 @@ def test_search_is_reproducible_and_depends_on_the_seed(mlp, digits):
     assert not torch.equal(weights(0), weights(1))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_seed_gives_one_scheme_and_news_are_the_history(method, mlp, digits):
+    def search():
+        heard = []
+        model, scheme, history = find_scheme(
+            instrumented(mlp, digits),
+            digits,
+            Budget(search_steps=150),
+            Target(weight_rate=10),
+            method=method,
+            seed=3,
+            listener=lambda *news: heard.append(news),
+        )
+        return scheme, model.weights, history, heard
+
+    (scheme, weights, history, heard), (again, same, _, _) = search(), search()
+    assert scheme == again
+    assert all(torch.equal(weight, same[name]) for name, weight in weights.items())
+    assert heard
+    if history:
+        assert history["step"] == [step for step, _, _ in heard]
+
+
 def test_schedule_is_the_papers():
     schedule = Schedule(steps=600, options=HmqOptions())
     assert [schedule.rising(12, 100 * c) for c in range(6)] == [6, 8, 10, 12, 12, 12]
@@ -148,10 +171,20 @@ def test_bits_of_single_tensors_that_cannot_be(settings, method, message, mlp, d
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("annealing", {}, "unknown method 'annealing'; there are hmq, uniform"),
+        ("annealing", {}, "unknown method 'annealing'; there are hawq, hmq, msqe, pot_gradient, uniform, zeroq"),
         ("hmq", {"penatly": 1}, "no option 'penatly'; it has penalty"),
         ("hmq", {"expected_bits": "x"}, "gumbel, softmax"),
         ("uniform", {"threshold": "x"}, "least_error, maximum"),
+        ("hawq", {"sensitivity": "x"}, "trace, eigenvalue"),
+        ("hawq", {"least_probes": 300}, "300 to 200 probes: give at least 1"),
+        ("hawq", {"tolerance": -1}, "tolerance -1 is negative"),
+        ("zeroq", {"samples": 1}, "at least 2 samples"),
+        ("zeroq", {"distance": "x"}, "kl, squared"),
+        ("msqe", {"widths": "x"}, "widths 'x': choose from mixed, uniform"),
+        ("msqe", {"robust": "x"}, "none, outliers, gradient"),
+        ("msqe", {"margin": 1}, "within 0 … 1"),
+        ("pot_gradient", {"widths": "x"}, "mixed, uniform"),
+        ("pot_gradient", {"turns": 0}, "turns at least 1"),
     ],
 )
 def test_bad_options(method, options, message, mlp, digits, budget):

@@ -10,8 +10,12 @@ from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.scheme import Scheme
 from hmq_fpga.search.graph import QModel
 from hmq_fpga.search.logic import ZEROS, start
+from hmq_fpga.search.methods.hawq import HawqOptions, hawq
 from hmq_fpga.search.methods.hmq import CYCLES, MIN_STEPS_PER_CYCLE, HmqOptions, hmq
+from hmq_fpga.search.methods.msqe import MsqeOptions, msqe
+from hmq_fpga.search.methods.pot_gradient import PotGradientOptions, pot_gradient
 from hmq_fpga.search.methods.uniform import UniformOptions, uniform
+from hmq_fpga.search.methods.zeroq import ZeroqOptions, zeroq
 from hmq_fpga.search.pruning import widen_thresholds
 from hmq_fpga.search.target import Target
 from hmq_fpga.search.train import Budget, History, Listener, Task, ignore
@@ -29,6 +33,10 @@ class Method:
 METHODS: Mapping[str, Method] = {
     "hmq": Method(hmq, HmqOptions, least_steps=CYCLES * MIN_STEPS_PER_CYCLE),
     "uniform": Method(uniform, UniformOptions),
+    "hawq": Method(hawq, HawqOptions),
+    "zeroq": Method(zeroq, ZeroqOptions),
+    "msqe": Method(msqe, MsqeOptions),
+    "pot_gradient": Method(pot_gradient, PotGradientOptions),
 }
 
 

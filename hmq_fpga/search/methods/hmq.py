@@ -15,11 +15,12 @@ import torch
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.ir.scheme import Scheme
-from hmq_fpga.search.calibrate import least_error_format, max_thresholds_log2, scheme_of
+from hmq_fpga.search.calibrate import max_thresholds_log2, scheme_of
 from hmq_fpga.search.graph import QModel
+from hmq_fpga.search.methods.widths import cheapest, rises, weight_candidates
 from hmq_fpga.search.optimizer import RAdam
-from hmq_fpga.search.quantizers import HMQ, THRESHOLDS, Grid, initial_gap
-from hmq_fpga.search.target import Target, activation_sites, cheapest_bits, meets, weight_sites
+from hmq_fpga.search.quantizers import HMQ, THRESHOLDS, initial_gap
+from hmq_fpga.search.target import Target, activation_sites, meets, weight_sites
 from hmq_fpga.search.train import Budget, History, Listener, Recorder, Task, batches, finished, finite
 
 CYCLES = 6
@@ -27,7 +28,6 @@ RISING_CYCLES = 4  # the targets reach their final values at the start of this o
 TEMPERATURE_UPDATES = 125  # per cycle: 25 an epoch, 5 epochs
 MIN_STEPS_PER_CYCLE = 25
 INITIAL_RATE = 4.0
-SAMPLES = 4096  # of the training set, for measuring what a repair costs
 
 Expectation = Literal["gumbel", "softmax"]
 
@@ -183,28 +183,9 @@ def _repair(
     bounds = target.bounds(model, {site.name: formats[site.name] for site in activation_sites(model)})
     if meets({name: f.width for name, f in formats.items()}, bounds):
         return formats, {}
-    weights = model.weights
-
-    def format_with(site: Any, bits: int) -> Fixed:
-        if formats[site.name].width == bits:
-            return formats[site.name]
-        return least_error_format(
-            weights[site.name], signed=site.signed, bits=bits, max_threshold_log2=limits[site.name]
-        )
-
-    def loss(changed: dict[str, Fixed]) -> float:
-        grids = {name: Grid.of(f) for name, f in {**formats, **changed}.items()}
-        with torch.no_grad():
-            returned, scores = finished(model, model(task.x_train[:SAMPLES], grids))
-            return float(task.loss(returned, task.y_train[:SAMPLES], scores))
-
-    before = loss({})
-    sites, choices = {site.name: site for site in weight_sites(model)}, target.choices(model)
-    costs = {
-        name: {bits: loss({name: format_with(site, bits)}) - before for bits in choices[name]}
-        for name, site in sites.items()
-    }
-    wanted = cheapest_bits(costs, bounds)
-    repaired = {name: format_with(sites[name], bits) for name, bits in wanted.items()}
+    candidates = weight_candidates(model, target, limits)
+    for name, formats_of in candidates.items():
+        formats_of[formats[name].width] = formats[name]
+    repaired = cheapest(candidates, rises(model, task, formats, candidates), bounds)
     changes = {n: [formats[n].width, f.width] for n, f in repaired.items() if f.width != formats[n].width}
     return {**formats, **repaired}, changes

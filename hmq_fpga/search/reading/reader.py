@@ -298,8 +298,9 @@ class Reader:
         """`x * weight + bias` along the channels, where `x` is known to have these statistics."""
         made = self.affine(x, weight, bias, 0)
         name, affine = next(reversed(self.draft.layers.items()))
+        assert isinstance(affine, Affine)
         (source,) = self.draft.nodes[name].sources
-        self.draft.statistics[source] = statistics._replace(axis=affine.axis)
+        self.draft.statistics[source] = statistics._replace(axis=affine.axis or 0)
         return made
 
     def final(self, x: Value | Finished, function: Callable[[Tensor], Tensor]) -> Finished:
