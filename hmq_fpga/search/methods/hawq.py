@@ -72,6 +72,7 @@ def hawq(
     A negative sensitivity, as where training has not converged, counts as zero; `found_by` names such tensors.
     """
     generator, recorder = torch.Generator().manual_seed(seed), Recorder(listener)
+    model.eval()
     names, weights = list(model.weights), list(model.weights.values())
     if options.sensitivity == "trace":
         each = (_loss(model, *batch, task) for batch in batches(task, options.most_probes, generator))
