@@ -28,25 +28,69 @@ def max_thresholds_log2(model: QModel, task: Task) -> dict[str, int]:
     return {name: of.threshold_log2 for name, of in found.items()}
 
 
-@torch.no_grad()
-def samples(model: QModel, task: Task) -> dict[str, Tensor]:
-    """Float values of every site, by name: the weights, and the activations of some training samples."""
-    tensors = {name: weight.detach() for name, weight in model.weights.items()}
-    model(task.x_train[:SAMPLES], grids=clips(model, task), observe=tensors.__setitem__)
-    return tensors
-
-
-def least_error_format(x: Tensor, *, signed: bool, bits: int, max_threshold_log2: int) -> Fixed:
-    """The format, among the thresholds 2^M … 2^(M-8), of least squared quantization error on `x`.
+class LeastError:
+    """The thresholds 2^M … 2^(M-8) of a tensor's format, judged by the squared error on values, added batch by batch.
 
     Of a value beyond 2^M, an outlier, the error is counted from there: else it alone would decide.
     """
-    candidates = [
-        Fixed.from_threshold(signed=signed, bits=bits, threshold_log2=max_threshold_log2 - k) for k in range(THRESHOLDS)
-    ]
-    limit = 2.0**max_threshold_log2
-    x = x.detach().clamp(-limit, limit)
-    return min(candidates, key=lambda f: float((fake_quantize(x, Grid.of(f)) - x).square().sum()))
+
+    def __init__(self, *, signed: bool, bits: int, max_threshold_log2: int) -> None:
+        self._candidates = [
+            Fixed.from_threshold(signed=signed, bits=bits, threshold_log2=max_threshold_log2 - k)
+            for k in range(THRESHOLDS)
+        ]
+        self._limit = 2.0**max_threshold_log2
+        self._errors = [0.0] * THRESHOLDS
+
+    @torch.no_grad()
+    def add(self, x: Tensor) -> None:
+        """Let the values of `x` count, too."""
+        x = x.clamp(-self._limit, self._limit)
+        for k, format_ in enumerate(self._candidates):
+            self._errors[k] += float((fake_quantize(x, Grid.of(format_)) - x).square().sum())
+
+    @property
+    def format(self) -> Fixed:
+        """That of least error, and of equal ones the widest range."""
+        return self._candidates[self._errors.index(min(self._errors))]
+
+
+def least_error_format(x: Tensor, *, signed: bool, bits: int, max_threshold_log2: int) -> Fixed:
+    """The format of least squared quantization error on `x`; see `LeastError`."""
+    found = LeastError(signed=signed, bits=bits, max_threshold_log2=max_threshold_log2)
+    found.add(x)
+    return found.format
+
+
+@torch.no_grad()
+def least_error_formats(
+    model: QModel, task: Task, bits: Mapping[str, int], limits: Mapping[str, int]
+) -> dict[str, Fixed]:
+    """Formats of least squared quantization error on the float weights, and on activations of some training samples.
+
+    Args:
+        model: the instrumented network.
+        task: training data.
+        bits: bit-widths of the sites that are asked for, by name.
+        limits: their M.
+    """
+    signed = {site.name: site.signed for site in model.sites}
+    found = {
+        name: LeastError(signed=signed[name], bits=width, max_threshold_log2=limits[name])
+        for name, width in bits.items()
+    }
+
+    def observe(name: str, x: Tensor) -> None:
+        if name in found:
+            found[name].add(x)
+
+    for name, weight in model.weights.items():
+        observe(name, weight)
+    if any(name not in model.weights for name in found):
+        grids = clips(model, task)
+        for batch in task.x_train[:SAMPLES].split(task.batch_size):
+            model(batch, grids=grids, observe=observe)
+    return {name: errors.format for name, errors in found.items()}
 
 
 def scheme_of(model: QModel, formats: Mapping[str, Fixed], found_by: Mapping[str, Any]) -> Scheme:

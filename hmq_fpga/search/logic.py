@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 
 from hmq_fpga.ir.cost import FLOAT_BITS, ebops
 from hmq_fpga.ir.logic import luts
-from hmq_fpga.search.calibrate import least_error_format, max_thresholds_log2, samples, scheme_of
+from hmq_fpga.search.calibrate import least_error_formats, max_thresholds_log2, scheme_of
 from hmq_fpga.search.freeze import freeze
 from hmq_fpga.search.graph import QModel
 from hmq_fpga.search.target import Target
@@ -27,23 +26,14 @@ def start(model: QModel, task: Task, target: Target) -> Target:
     """
     if target.bounded or not target.pruned:
         return target
-    limits, values = max_thresholds_log2(model, task), samples(model, task)
+    limits = max_thresholds_log2(model, task)
     for rate, activation_bits in STARTS:
         started = replace(
             target, weight_rate=rate, max_activation_bits=min(activation_bits, target.max_activation_bits)
         )
-        bits: Mapping[str, int] = started.activation_bits(model)
+        bits = {**dict.fromkeys(model.weights, int(FLOAT_BITS / rate)), **started.activation_bits(model)}
         trial = copy.deepcopy(model)
-        formats = {
-            site.name: least_error_format(
-                values[site.name],
-                signed=site.signed,
-                bits=bits.get(site.name, int(FLOAT_BITS / rate)),
-                max_threshold_log2=limits[site.name],
-            )
-            for site in model.sites
-        }
-        trial.set_scheme(scheme_of(trial, formats, {}))
+        trial.set_scheme(scheme_of(trial, least_error_formats(model, task, bits, limits), {}))
         net = freeze(trial)
         if luts(net) > ROOM * (target.luts or math.inf) or ebops(net) > ROOM * (target.ebops or math.inf):
             break

@@ -198,6 +198,7 @@ def like(outputs: Tensor, targets: Tensor) -> Tensor:
     return outputs.reshape(targets.shape) if outputs.shape[1:] in _ONE_NUMBER and targets[0].numel() == 1 else outputs
 
 
+_VALUES_AT_ONCE = 1 << 22
 _ONE_NUMBER = ((1,), ())  # for each sample
 _RESHAPES = ("squeeze", "unsqueeze", "flatten", "view", "reshape")
 _JUDGED_BEFORE = ("softmax", "logsoftmax", "log_softmax", "sigmoid", "argmax")
@@ -245,10 +246,15 @@ def output_of(model: nn.Module, x: Tensor, shapes: Sequence[Shape] = ()) -> Outp
     return noting.output(returned)
 
 
+def at_once(x: Tensor) -> int:
+    """How many of the samples `x` to compute at a time: all but of large images, which would need much memory."""
+    return max(_VALUES_AT_ONCE // x[0].numel(), 1)
+
+
 @torch.no_grad()
 def predict(model: nn.Module, x: Tensor, shapes: Sequence[Shape] = ()) -> Output:
     """`output_of` many samples, batch by batch."""
-    outputs = [output_of(model, batch, shapes) for batch in x.split(1024)]
+    outputs = [output_of(model, batch, shapes) for batch in x.split(min(at_once(x), 1024))]
     return Output(*(torch.cat(parts) for parts in zip(*outputs, strict=True)))
 
 

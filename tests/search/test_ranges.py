@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from hmq_fpga.search.calibrate import least_error_format, max_thresholds_log2, samples
+from hmq_fpga.search.calibrate import SAMPLES, least_error_format, least_error_formats, max_thresholds_log2
 from hmq_fpga.search.methods import find_scheme
 from hmq_fpga.search.ranges import Magnitudes, clips, range_notes
 from hmq_fpga.search.reading import instrument
@@ -142,7 +142,25 @@ def test_what_follows_from_an_outlying_weight_is_not_calibrated():
     assert list(clips(disturbed, task)) == ["linear_2.weight"]
     found = max_thresholds_log2(disturbed, task)
     assert all(abs(found[name] - m) <= 1 for name, m in limits.items())
-    assert float(samples(disturbed, task)["relu_3"].max()) <= 2.0 ** found["relu_3"]
+    bits = dict.fromkeys(limits, 6)
+    formats, undisturbed_formats = (
+        least_error_formats(model, task, bits, m) for model, m in ((disturbed, found), (ordinary, limits))
+    )
+    assert all(abs(f.threshold_log2 - formats[n].threshold_log2) <= 1 for n, f in undisturbed_formats.items())
+
+
+def test_formats_of_least_error_are_those_of_all_samples_at_once():
+    model, task = instrument(undisturbed()[0], (8,), input_signed=False), half_spaces()
+    limits = max_thresholds_log2(model, task)
+    values = {name: weight.detach() for name, weight in model.weights.items()}
+    with torch.no_grad():
+        model(task.x_train[:SAMPLES], grids={}, observe=values.__setitem__)
+    found = least_error_formats(model, task, dict.fromkeys(limits, 4), limits)
+    for site in model.sites:
+        m = limits[site.name]
+        assert found[site.name] == least_error_format(
+            values[site.name], signed=site.signed, bits=4, max_threshold_log2=m
+        )
 
 
 def test_least_error_is_not_decided_by_an_outlier():

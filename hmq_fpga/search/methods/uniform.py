@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.ir.scheme import Scheme
-from hmq_fpga.search.calibrate import least_error_format, max_thresholds_log2, samples, scheme_of
+from hmq_fpga.search.calibrate import least_error_formats, max_thresholds_log2, scheme_of
 from hmq_fpga.search.graph import QModel
 from hmq_fpga.search.target import Target
 from hmq_fpga.search.train import Budget, History, Listener, Task
@@ -52,17 +52,15 @@ def uniform(
     weight_bits = target.uniform_bits(model)
     activation_bits = min(target.activation_bits(model).values())
     limits = max_thresholds_log2(model, task)
-    values = samples(model, task)
-    formats = {}
-    for i, site in enumerate(model.sites, 1):
-        bits = weight_bits if site.kind == "weight" else activation_bits
-        if options.threshold == "maximum":
-            formats[site.name] = Fixed.from_threshold(signed=site.signed, bits=bits, threshold_log2=limits[site.name])
-        else:
-            formats[site.name] = least_error_format(
-                values[site.name], signed=site.signed, bits=bits, max_threshold_log2=limits[site.name]
-            )
-        listener(i, len(model.sites), {})
+    bits = {site.name: weight_bits if site.kind == "weight" else activation_bits for site in model.sites}
+    if options.threshold == "maximum":
+        formats = {
+            s.name: Fixed.from_threshold(signed=s.signed, bits=bits[s.name], threshold_log2=limits[s.name])
+            for s in model.sites
+        }
+    else:
+        formats = least_error_formats(model, task, bits, limits)
+    listener(1, 1, {})
     scheme = scheme_of(model, formats, {"method": "uniform", "threshold": options.threshold})
     model.set_scheme(scheme)
     return model, scheme, {}

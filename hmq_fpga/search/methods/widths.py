@@ -9,11 +9,11 @@ from typing import Literal
 import torch
 
 from hmq_fpga.ir.fixed import Fixed
-from hmq_fpga.search.calibrate import least_error_format, max_thresholds_log2, samples
+from hmq_fpga.search.calibrate import least_error_format, least_error_formats, max_thresholds_log2
 from hmq_fpga.search.graph import QModel
 from hmq_fpga.search.quantizers import Grid
-from hmq_fpga.search.target import Bound, Target, activation_sites, cheapest_bits
-from hmq_fpga.search.train import Task, finished
+from hmq_fpga.search.target import Bound, Target, cheapest_bits
+from hmq_fpga.search.train import Task, at_once, finished
 
 SAMPLES = 4096  # of the training set, for measuring what bit-widths cost
 _LARGEST_COST = 1e3  # the solver of the knapsack takes 1e-6 for nothing
@@ -37,13 +37,7 @@ def weight_candidates(model: QModel, target: Target, limits: Mapping[str, int]) 
 
 def activation_formats(model: QModel, task: Task, target: Target, limits: Mapping[str, int]) -> dict[str, Fixed]:
     """Formats of least squared error of the input and activations, their bit-widths by Eq. 11, M in `limits`."""
-    values, bits = samples(model, task), target.activation_bits(model)
-    return {
-        site.name: least_error_format(
-            values[site.name], signed=site.signed, bits=bits[site.name], max_threshold_log2=limits[site.name]
-        )
-        for site in activation_sites(model)
-    }
+    return least_error_formats(model, task, target.activation_bits(model), limits)
 
 
 @torch.no_grad()
@@ -53,8 +47,11 @@ def rises(model: QModel, task: Task, formats: Mapping[str, Fixed], candidates: C
     grids = {name: Grid.of(f) for name, f in formats.items()}
 
     def loss(changed: Mapping[str, Grid]) -> float:
-        returned, scores = finished(model, model(x, {**grids, **changed}))
-        return float(task.loss(returned, y, scores))
+        total = 0.0
+        for batch, targets in zip(x.split(size := at_once(x)), y.split(size), strict=True):
+            returned, scores = finished(model, model(batch, {**grids, **changed}))
+            total += float(task.loss(returned, targets, scores)) * len(batch)
+        return total / len(x)
 
     before = loss({})
     return {
