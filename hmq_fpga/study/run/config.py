@@ -61,7 +61,7 @@ class RunConfig(BaseModel):
             activations the largest is an upper bound.
         max_act_bits: upper bound on the bit-width of activations.
         method, options: search method and its options.
-        zeros: share of zero weights to aim for, by larger thresholds and an L1 penalty while fine-tuning.
+        zeros: share of zero weights to aim for, by larger thresholds and pruning while fine-tuning.
         distill: whether fine-tuning learns from the float model too.
         seed: of initial weights, batches and noise.
         device: where to train and search.
