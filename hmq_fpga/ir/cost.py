@@ -6,6 +6,7 @@ are reported beside it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -23,12 +24,13 @@ Holds = Literal["format", "source", "nothing"]
 
 def weight_bits(scheme: Scheme) -> int:
     """Bits of all weights, biases not counted."""
-    return sum(t.format.width * t.size for t in scheme.of_kind("weight"))
+    return sum(t.bits for t in scheme.of_kind("weight"))
 
 
 def weight_rate(scheme: Scheme) -> float:
-    """R_w: bits of the float weights over bits of the quantized ones (Eq. 7)."""
-    return FLOAT_BITS * sum(t.size for t in scheme.of_kind("weight")) / weight_bits(scheme)
+    """R_w: bits of the float weights over bits of the quantized ones (Eq. 7); infinite where no weight has any."""
+    bits = weight_bits(scheme)
+    return FLOAT_BITS * sum(t.size for t in scheme.of_kind("weight")) / bits if bits else math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +98,7 @@ class LayerCost:
     Attributes:
         name: the op.
         macs: multiplications for one sample.
-        weight_bits: bits of its weight codes.
+        weight_bits: bits of its weights, by their own widths where they have some.
         bias_bits: bits of its bias codes.
         zero_weights: share of weight codes that are zero.
         bops: bit operations, MACs x weight bits x activation bits.
@@ -114,9 +116,9 @@ class LayerCost:
     ebops: int
 
 
-def bops(net: QNet) -> int:
-    """Bit operations of all linear ops."""
-    return sum(layer.bops for layer in layer_costs(net))
+def bops(net: QNet, scheme: Scheme | None = None) -> int:
+    """Bit operations of all linear ops; of a `scheme` see `layer_costs`."""
+    return sum(layer.bops for layer in layer_costs(net, scheme))
 
 
 def ebops(net: QNet) -> int:
@@ -124,21 +126,29 @@ def ebops(net: QNet) -> int:
     return sum(layer.ebops for layer in layer_costs(net))
 
 
-def layer_costs(net: QNet) -> tuple[LayerCost, ...]:
-    """Cost of each linear op, in network order."""
-    return tuple(_layer_cost(net, op) for op in net.linears)
+def layer_costs(net: QNet, scheme: Scheme | None = None) -> tuple[LayerCost, ...]:
+    """Cost of each linear op, in network order.
+
+    Args:
+        net: the network.
+        scheme: that it was made with, which alone knows widths of single weights; without it all have the format's.
+    """
+    bits = {t.name: t.bits for t in scheme.of_kind("weight")} if scheme else {}
+    return tuple(_layer_cost(net, op, bits.get(f"{op.name}.weight")) for op in net.linears)
 
 
-def _layer_cost(net: QNet, op: Linear) -> LayerCost:
+def _layer_cost(net: QNet, op: Linear, bits: int | None) -> LayerCost:
     tensor, input_width = net.tensors[op.name], net.formats[op.source].width
     macs = op.macs(tensor)
+    if bits is None:
+        bits = op.weight.size * op.weight_format.width
     return LayerCost(
         name=op.name,
         macs=macs,
-        weight_bits=op.weight.size * op.weight_format.width,
+        weight_bits=bits,
         bias_bits=op.bias.size * net.bias_format(op).width,
         zero_weights=float(np.mean(op.weight == 0)),
-        bops=macs * op.weight_format.width * input_width,
+        bops=bits * tensor.positions * input_width,
         ebops=_significant_bits(op.weight) * tensor.positions * input_width,
     )
 

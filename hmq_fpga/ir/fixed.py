@@ -64,6 +64,10 @@ class Fixed:
             return cls(signed=False, width=max(1, int(hi).bit_length()), frac=frac)
         return cls(signed=True, width=1 + max(int(~lo).bit_length(), int(max(hi, 0)).bit_length()), frac=frac)
 
+    def narrowed(self, width: int) -> Fixed:
+        """The format of another width, with the same threshold and sign."""
+        return Fixed(signed=self.signed, width=width, frac=self.frac + width - self.width)
+
     @property
     def step(self) -> float:
         """Distance of two neighbouring values, `2**-frac`."""

@@ -19,7 +19,7 @@ class LayerRow:
         name: its name in the network and in the hardware.
         shape: of its result for one sample, channels first.
         parameters: weights and biases.
-        weight_bits, weight_threshold_log2: of its weights' format.
+        weight_bits, weight_threshold_log2: of its weights' format; the mean where they have widths of their own.
         weight_share: its part of the weight memory, biases not counted.
         activation_bits, activation_threshold_log2: of its result's format, if the result has one.
     """
@@ -29,7 +29,7 @@ class LayerRow:
     name: str
     shape: tuple[int, ...]
     parameters: int
-    weight_bits: int | None
+    weight_bits: float | None
     weight_threshold_log2: int | None
     weight_share: float | None
     activation_bits: int | None
@@ -38,12 +38,11 @@ class LayerRow:
 
 def describe(model: QModel) -> list[LayerRow]:
     """The layers of an instrumented model in execution order, with formats where a scheme is set."""
-    formats = model.formats
-    sizes = {name: weight.numel() for name, weight in model.weights.items()}
-    memory = sum(size * formats[name].width for name, size in sizes.items()) if formats else 0
+    formats, weights = model.formats, {t.name: t for t in model.scheme.of_kind("weight")}
+    memory = sum(t.bits for t in weights.values())
 
     def row(node: Node, layer: Any) -> LayerRow:
-        weight = formats.get(weight_site(node.name))
+        weight = weights.get(weight_site(node.name))
         result = formats.get(node.name)
         return LayerRow(
             path=node.path,
@@ -51,9 +50,9 @@ def describe(model: QModel) -> list[LayerRow]:
             name=node.name,
             shape=node.shape,
             parameters=sum(p.numel() for p in layer.parameters()) if isinstance(layer, LINEAR_LAYERS) else 0,
-            weight_bits=weight.width if weight else None,
-            weight_threshold_log2=weight.threshold_log2 if weight else None,
-            weight_share=sizes[weight_site(node.name)] * weight.width / memory if weight else None,
+            weight_bits=weight.mean_width if weight else None,
+            weight_threshold_log2=weight.format.threshold_log2 if weight else None,
+            weight_share=weight.bits / memory if weight and memory else None,
             activation_bits=result.width if result else None,
             activation_threshold_log2=result.threshold_log2 if result else None,
         )

@@ -268,9 +268,9 @@ class _Freezer:
 
     def _constants(self, node: Node, layer: Any) -> tuple[Codes, dict[str, Any]]:
         """Weight codes as PyTorch has them, and the other fields of a linear op, but for its source."""
-        format_ = self._model.formats[weight_site(node.name)]
+        tensor = self._model.scheme[weight_site(node.name)]
         bias = _round(_array(layer.bias), -_log2(self._model.steps[node.name]))
-        return format_.encode(_array(layer.weight)), {"name": node.name, "weight_format": format_, "bias": bias}
+        return tensor.encode(_array(layer.weight)), {"name": node.name, "weight_format": tensor.format, "bias": bias}
 
     def _dense(self, node: Node, layer: nn.Linear, x: _Lying) -> _Lying:
         weight, fields = self._constants(node, layer)

@@ -33,7 +33,15 @@ from hmq_fpga.search.layers import (
     joined,
     parted,
 )
-from hmq_fpga.search.quantizers import Grid, TrainedGrid, fake_quantize, fake_quantize_all, quantized_linear, recomputed
+from hmq_fpga.search.quantizers import (
+    AnyGrid,
+    Grid,
+    GridOfEach,
+    fake_quantize,
+    fake_quantize_all,
+    quantized_linear,
+    recomputed,
+)
 
 INPUT = "input"
 
@@ -199,8 +207,9 @@ class QModel(nn.Module):
         layers_of_nodes = zip(self.nodes, self.layers, strict=True)
         self._moved = {node.name: node.sources[0] for node, x in layers_of_nodes if isinstance(x, MOVING_LAYERS)}
         self._dense = self._of_dense_layers()
+        self._scheme = Scheme(())
         self._formats: dict[str, Fixed] = {}
-        self._grids: dict[str, Grid] = {}
+        self._grids: dict[str, Grid | GridOfEach] = {}
         self._steps: dict[str, float] = {}
         self._tables: dict[str, Tensor] = {}
 
@@ -218,6 +227,11 @@ class QModel(nn.Module):
         formatted = {*self.inputs, *made}
         lone = {source for node in dense for source in node.sources if source in formatted and reads[source] == 1}
         return lone.union(*((weight_site(node.name), _bias(node.name)) for node in dense))
+
+    @property
+    def scheme(self) -> Scheme:
+        """That was set last; empty for a float model."""
+        return self._scheme
 
     @property
     def formats(self) -> Mapping[str, Fixed]:
@@ -259,11 +273,11 @@ class QModel(nn.Module):
         return joined([final.function(x) if final else x for final, x in zip(self.finals, parts, strict=True)])
 
     def set_scheme(self, scheme: Scheme) -> None:
-        """Freeze the formats of all sites.
+        """Freeze the formats of all sites, and the widths of single weights where the scheme has such.
 
         Raises:
-            InvalidInput: when the scheme does not name exactly the sites of this model, or a threshold exceeds the
-                limit at which an activation clips.
+            InvalidInput: when the scheme does not name exactly the sites of this model, its widths are not as many as
+                a weight has elements, or a threshold exceeds the limit at which an activation clips.
         """
         names = [site.name for site in self.sites]
         if sorted(scheme) != sorted(names):
@@ -274,8 +288,15 @@ class QModel(nn.Module):
             limit = layer.limit_log2 if isinstance(layer, Activation) else None
             if limit is not None and Grid.of(formats[node.name]).hi > 2.0**limit:
                 raise InvalidInput(f"tensor {node.name!r} is clipped at 2**{limit}: its threshold must not exceed that")
-        self._formats = formats
-        self._grids = {name: Grid.of(f) for name, f in formats.items()}
+        weights, widths = self.weights, scheme.widths
+        for name, given in widths.items():
+            if name not in weights or given.size != weights[name].numel():
+                raise InvalidInput(f"tensor {name!r}: the scheme has widths of {given.size} weights, not the model's")
+        self._scheme, self._formats = scheme, formats
+        self._grids = {
+            name: GridOfEach.of(f, widths[name], weights[name]) if name in widths else Grid.of(f)
+            for name, f in formats.items()
+        }
         self._steps = {name: formats[name].step for name in self.inputs}
         self._tables = {}
         for node, layer in zip(self.nodes, self.layers, strict=True):
@@ -284,6 +305,13 @@ class QModel(nn.Module):
                 self._tables[node.name] = self._table(node, layer)
             if isinstance(layer, LINEAR_LAYERS):
                 self._grids[_bias(node.name)] = Grid.unbounded(self._steps[node.name])
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QModel:
+        """Move what is no parameter as well: another device or type is given to all by `fn`."""
+        moved = {name: GridOfEach(*map(fn, g)) if isinstance(g, GridOfEach) else g for name, g in self._grids.items()}
+        self._grids = moved
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def origin(self, tensor: str) -> str:
         """Where a tensor's format was given to it, if it has one: what only moved its values is passed by."""
@@ -331,7 +359,7 @@ class QModel(nn.Module):
     def forward(
         self,
         x: Tensor,
-        grids: Mapping[str, Grid] | Mapping[str, TrainedGrid] | None = None,
+        grids: Mapping[str, AnyGrid] | None = None,
         observe: Callable[[str, Tensor], None] | None = None,
         follow: Callable[[str, Tensor], None] | None = None,
     ) -> Tensor:
@@ -363,7 +391,7 @@ class QModel(nn.Module):
             for name, tensor in tensors.items():
                 follow(name, tensor)
         relus: set[str] = set()  # that a dense layer is to apply
-        origins: dict[str, tuple[Tensor, Grid | TrainedGrid]] = {}  # what tensors were quantized from, and how
+        origins: dict[str, tuple[Tensor, AnyGrid]] = {}  # what tensors were quantized from, and how
         origins |= {name: (x, grids[name]) for name, x in inputs.items() if name in grids and name not in dense}
         for node, layer, read in zip(self.nodes, self.layers, self._last_reads, strict=True):
             name, sources = node.name, [tensors[source] for source in node.sources]

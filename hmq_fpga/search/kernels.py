@@ -67,6 +67,17 @@ def gradients(
     return passed, [sum(part) for part in zip(*parts, strict=True)]
 
 
+def quantize_each(x: Tensor, step: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
+    """As `quantize`, each element of `x` to a grid of its own: tensors of the shape of `x`."""
+    return torch.div(x.detach(), step).round_().mul_(step).clamp_(lo, hi)
+
+
+def gradient_each(x: Tensor, grad: Tensor, step: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
+    """What `quantize_each` passes back of `grad`: as `gradients` does, of `x` alone."""
+    level = torch.div(x.detach(), step).round_().mul_(step)
+    return grad.masked_fill((level > hi).logical_or_(level < lo), 0)
+
+
 def descend(vectors: Vectors, betas: tuple[float, float], factor: float, eps: float | None) -> None:
     """Adam's step on contiguous vectors: value, gradient, and its running mean and mean square, all changed in place.
 

@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from hmq_fpga.ir.fixed import Fixed
+from hmq_fpga.ir.scheme import Widths
 from hmq_fpga.search import kernels
 
 THRESHOLDS = 9  # candidates per tensor: 2^M … 2^(M-8)
@@ -41,11 +43,29 @@ class Grid(NamedTuple):
         return cls(step, -math.inf, math.inf)
 
 
+class GridOfEach(NamedTuple):
+    """A grid for each element of a tensor: tensors of its shape, of the elements' steps and levels."""
+
+    step: Tensor
+    lo: Tensor
+    hi: Tensor
+
+    @classmethod
+    def of(cls, format_: Fixed, widths: Widths, like: Tensor) -> GridOfEach:
+        """Of the elements of `like`, of formats narrowed to `widths`, `(elements,)`; of width 0 it is zero alone."""
+        grids = [Grid(1.0, 0.0, 0.0), *(Grid.of(format_.narrowed(width)) for width in range(1, format_.width + 1))]
+        table = torch.tensor(grids, dtype=like.dtype)[torch.from_numpy(widths.astype(np.int64))]
+        return cls(*(column.reshape(like.shape).to(like) for column in table.unbind(1)))
+
+
 class TrainedGrid(NamedTuple):
     """A grid that gets a gradient: a tensor `(3,)` of step and smallest and largest level, and its values."""
 
     tensor: Tensor
     values: Grid
+
+
+AnyGrid = Grid | GridOfEach | TrainedGrid
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -55,21 +75,19 @@ class _FakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, grids: Sequence[Grid], relu: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, grids: Sequence[Grid | GridOfEach], relu: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
         """`tensors` are the values; if the grids are trained, then their tensors."""
         xs = tensors[: len(grids)]
         ctx.save_for_backward(*xs)
         ctx.grids, ctx.floor, ctx.trained = grids, 0.0 if relu else -math.inf, len(tensors) > len(xs)
-        return tuple(kernels.quantize(x, *grid) for x, grid in zip(xs, grids, strict=True))
+        return tuple(_on(grid, x) for x, grid in zip(xs, grids, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[2 : 2 + len(grads)]
         passed, by_grids = zip(
             *(
-                kernels.gradients(x, grad, grid.step, grid.lo, grid.hi, ctx.floor)
-                if ctx.trained or want
-                else (None, None)
+                _passed(x, grad, grid, ctx.floor, spend=False) if ctx.trained or want else (None, None)
                 for x, grad, grid, want in zip(ctx.saved_tensors, grads, ctx.grids, wanted, strict=True)
             ),
             strict=True,
@@ -77,12 +95,12 @@ class _FakeQuantize(torch.autograd.Function):
         return None, None, *passed, *(passed[0].new_tensor(by_grids).unbind() if ctx.trained else ())
 
 
-def fake_quantize_all(xs: Sequence[Tensor], grids: Sequence[Grid | TrainedGrid]) -> tuple[Tensor, ...]:
-    """Quantize tensors of any shapes, each to its grid, as `fake_quantize` does one; the grids are of one kind."""
+def fake_quantize_all(xs: Sequence[Tensor], grids: Sequence[AnyGrid]) -> tuple[Tensor, ...]:
+    """Quantize tensors of any shapes, each to its grid, as `fake_quantize` does one; all grids are trained or none."""
     return _quantize(xs, grids, relu=False)
 
 
-def fake_quantize(x: Tensor, grid: Grid | TrainedGrid, *, relu: bool = False) -> Tensor:
+def fake_quantize(x: Tensor, grid: AnyGrid, *, relu: bool = False) -> Tensor:
     """Quantize `x` of any shape to `grid` (Eq. 2–3, with the hardware's two's-complement clip).
 
     `grid` is constant or gets a gradient. Half precision, as mixed-precision training makes it, is computed and
@@ -96,7 +114,7 @@ def fake_quantize(x: Tensor, grid: Grid | TrainedGrid, *, relu: bool = False) ->
     return _quantize((x,), (grid,), relu=relu)[0]
 
 
-def _quantize(xs: Sequence[Tensor], grids: Sequence[Grid | TrainedGrid], *, relu: bool) -> tuple[Tensor, ...]:
+def _quantize(xs: Sequence[Tensor], grids: Sequence[AnyGrid], *, relu: bool) -> tuple[Tensor, ...]:
     xs = [x.float() if x.dtype.itemsize < 4 else x for x in xs]
     trained = [grid.tensor for grid in grids if isinstance(grid, TrainedGrid)]
     values = [grid.values if isinstance(grid, TrainedGrid) else grid for grid in grids]
@@ -109,7 +127,13 @@ class _QuantizedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, grids: Sequence[Grid | None], relu: bool, x: Tensor, weight: Tensor, bias: Tensor, *trained: Tensor
+        ctx: Any,
+        grids: Sequence[Grid | GridOfEach | None],
+        relu: bool,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        *trained: Tensor,
     ) -> Tensor:
         """`trained`: of the grids that are not None, if they are trained, their tensors."""
         ctx.save_for_backward(x, weight, bias)
@@ -130,17 +154,25 @@ class _QuantizedLinear(torch.autograd.Function):
         return None, None, by_x, by_weight, by_bias, *(grad.new_tensor(by_grids).unbind() if ctx.trained else ())
 
 
-def _passed(x: Tensor, grad: Tensor, grid: Grid | None, floor: float = -math.inf) -> tuple[Tensor, list[float] | None]:
-    """Gradients of a tensor and of its grid, of that of what was made of it, which is spent."""
-    return (grad, None) if grid is None else kernels.gradients(x, grad, *grid, floor, spend=True)
+def _passed(
+    x: Tensor, grad: Tensor, grid: Grid | GridOfEach | None, floor: float = -math.inf, *, spend: bool = True
+) -> tuple[Tensor, list[float] | None]:
+    """Gradients of a tensor and of its grid, of that of what was made of it, which may be spent."""
+    if grid is None:
+        return grad, None
+    if isinstance(grid, GridOfEach):
+        return kernels.gradient_each(x, grad, *grid), None
+    return kernels.gradients(x, grad, *grid, floor, spend=spend)
 
 
-def _on(grid: Grid | None, x: Tensor) -> Tensor:
-    return x if grid is None else kernels.quantize(x, *grid)
+def _on(grid: Grid | GridOfEach | None, x: Tensor) -> Tensor:
+    if grid is None:
+        return x
+    return kernels.quantize_each(x, *grid) if isinstance(grid, GridOfEach) else kernels.quantize(x, *grid)
 
 
 def quantized_linear(
-    x: Tensor, weight: Tensor, bias: Tensor, *, grids: Sequence[Grid | TrainedGrid | None], relu: bool = False
+    x: Tensor, weight: Tensor, bias: Tensor, *, grids: Sequence[AnyGrid | None], relu: bool = False
 ) -> Tensor:
     """`F.linear` of `x`, `(batch, n)`, weight and bias, each quantized as by `fake_quantize` if it has a grid.
 
@@ -152,7 +184,7 @@ def quantized_linear(
     return result
 
 
-def recomputed(y: Tensor, x: Tensor, grid: Grid | TrainedGrid) -> AbstractContextManager[None]:
+def recomputed(y: Tensor, x: Tensor, grid: AnyGrid) -> AbstractContextManager[None]:
     """Let operations inside keep `x`, as the quantizer does anyway, where they would keep `y = fake_quantize(x, grid)`.
 
     `y` may have been flattened since. Backward quantizes `x` again, which costs little beside the layer that reads it.
@@ -169,7 +201,7 @@ def recomputed(y: Tensor, x: Tensor, grid: Grid | TrainedGrid) -> AbstractContex
     def unpack(packed: Any) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        return kernels.quantize(x, *values).reshape(shape).as_strided(*packed)
+        return _on(values, x).reshape(shape).as_strided(*packed)
 
     return saved_tensors_hooks(pack, unpack)
 
