@@ -56,7 +56,7 @@ io_type = click.option("--io-type", type=click.Choice(get_args(IoType)), help="S
 @click.option("--ebops", type=float, help="Most effective bit operations for one sample, likewise.")
 @click.option("--ra", type=float, help="Target activation memory rate R_a [4].")
 @click.option("--max-act-bits", type=int, help="Upper bound on the bit-width of activations [8].")
-@click.option("--method", help="Search method: hmq, uniform, hawq, zeroq, msqe or pot_gradient [hmq].")
+@click.option("--method", help="Search method: hmq, uniform, hawq, zeroq, msqe, pot_gradient or hgq [hmq].")
 @click.option("--zeros", type=float, help="Share of zero weights to aim for, for less logic [off].")
 @click.option("--distill/--no-distill", default=None, help="Learn from the float model while fine-tuning too [no].")
 @click.option("--seed", type=int, help="Seed of everything random [0].")

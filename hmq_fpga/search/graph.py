@@ -39,6 +39,7 @@ from hmq_fpga.search.quantizers import (
     GridOfEach,
     fake_quantize,
     fake_quantize_all,
+    grid_of,
     quantized_linear,
     recomputed,
 )
@@ -293,10 +294,8 @@ class QModel(nn.Module):
             if name not in weights or given.size != weights[name].numel():
                 raise InvalidInput(f"tensor {name!r}: the scheme has widths of {given.size} weights, not the model's")
         self._scheme, self._formats = scheme, formats
-        self._grids = {
-            name: GridOfEach.of(f, widths[name], weights[name]) if name in widths else Grid.of(f)
-            for name, f in formats.items()
-        }
+        self._grids = {name: Grid.of(f) for name, f in formats.items()}
+        self._grids |= {name: grid_of(formats[name], own, weights[name]) for name, own in widths.items()}
         self._steps = {name: formats[name].step for name in self.inputs}
         self._tables = {}
         for node, layer in zip(self.nodes, self.layers, strict=True):

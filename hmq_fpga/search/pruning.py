@@ -8,6 +8,7 @@ unrolled logic shrinks at little loss. This is an option, no part of HMQ.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -15,11 +16,11 @@ from torch import Tensor
 
 from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.ir.network import QNet
-from hmq_fpga.ir.scheme import Scheme
-from hmq_fpga.search.calibrate import scheme_of
+from hmq_fpga.ir.scheme import Scheme, Widths
+from hmq_fpga.ir.scheme import Tensor as SchemeTensor
 from hmq_fpga.search.freeze import freeze
 from hmq_fpga.search.graph import QModel
-from hmq_fpga.search.quantizers import Grid, fake_quantize
+from hmq_fpga.search.quantizers import fake_quantize, grid_of
 
 WIDER = 3  # thresholds up to 2^3 times the one that was found
 EVENTS = 100  # at which weights are pruned, over the whole training
@@ -27,19 +28,23 @@ PRUNED_BY = 0.6  # of the training: from here on the goal is reached
 MEASUREMENTS = 8  # of a goal whose size is estimated in between
 
 
-def share_of_zeros(weight: Tensor, format_: Fixed) -> float:
-    """Share of a weight's codes that are zero."""
-    return float((fake_quantize(weight.detach(), Grid.of(format_)) == 0).double().mean())
+def share_of_zeros(weight: Tensor, format_: Fixed, widths: Widths | None = None) -> float:
+    """Share of a weight's codes that are zero, in a format, or where elements have widths of their own in theirs."""
+    return float((fake_quantize(weight.detach(), grid_of(format_, widths, weight)) == 0).double().mean())
 
 
 def widen_thresholds(model: QModel, scheme: Scheme, zeros: float) -> Scheme:
     """The scheme with each weight's threshold enlarged until its share of zeros is nearest to `zeros`."""
-    formats = {name: scheme[name].format for name in scheme}
-    for name, weight in model.weights.items():
-        found = formats[name]
+    weights = model.weights
+
+    def widened(tensor: SchemeTensor) -> SchemeTensor:
+        found, weight = tensor.format, weights[tensor.name]
         wider = [Fixed(found.signed, found.width, found.frac - k) for k in range(WIDER + 1)]
-        formats[name] = min(wider, key=lambda f: abs(share_of_zeros(weight, f) - zeros))
-    return scheme_of(model, formats, {**scheme.found_by, "zeros": zeros})
+        nearest = min(wider, key=lambda f: abs(share_of_zeros(weight, f, tensor.widths) - zeros))
+        return replace(tensor, format=nearest)
+
+    tensors = (widened(tensor) if tensor.kind == "weight" else tensor for tensor in scheme.tensors)
+    return Scheme(tuple(tensors), {**scheme.found_by, "zeros": zeros})
 
 
 class Goal(Protocol):
@@ -70,9 +75,9 @@ class Nonzeros:
 
     def size(self, model: QModel) -> float:
         """Counted."""
-        weights, formats = model.weights, model.formats
-        zeros = sum(share_of_zeros(weight, formats[name]) * weight.numel() for name, weight in weights.items())
-        return 1 - zeros / sum(weight.numel() for weight in weights.values())
+        weights, tensors = model.weights, model.scheme.of_kind("weight")
+        zeros = sum(share_of_zeros(weights[t.name], t.format, t.widths) * t.size for t in tensors)
+        return 1 - zeros / sum(t.size for t in tensors)
 
     measured = size
 
@@ -154,9 +159,9 @@ class Pruning:
 
     def _in_steps(self, name: str, weight: Tensor) -> Tensor:
         """Magnitudes in units of the step, zero where the code is zero."""
-        grid = Grid.of(self._model.formats[name])
-        weight = weight.detach()
-        return weight.abs() / grid.step * (fake_quantize(weight, grid) != 0)
+        tensor, weight = self._model.scheme[name], weight.detach()
+        codes = fake_quantize(weight, grid_of(tensor.format, tensor.widths, weight))
+        return weight.abs() / tensor.format.step * (codes != 0)
 
     @torch.no_grad()
     def _prune(self, count: int, magnitudes: Tensor) -> None:

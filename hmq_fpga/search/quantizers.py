@@ -58,6 +58,11 @@ class GridOfEach(NamedTuple):
         return cls(*(column.reshape(like.shape).to(like) for column in table.unbind(1)))
 
 
+def grid_of(format_: Fixed, widths: Widths | None, like: Tensor) -> Grid | GridOfEach:
+    """The grid of the elements of `like`, which have a format, and widths of their own if these are given."""
+    return Grid.of(format_) if widths is None else GridOfEach.of(format_, widths, like)
+
+
 class TrainedGrid(NamedTuple):
     """A grid that gets a gradient: a tensor `(3,)` of step and smallest and largest level, and its values."""
 
@@ -182,6 +187,37 @@ def quantized_linear(
     values = [grid.values if isinstance(grid, TrainedGrid) else grid for grid in grids]
     result: Tensor = _QuantizedLinear.apply(values, relu, x, weight, bias, *trained)  # type: ignore[no-untyped-call]
     return result
+
+
+class _RoundToFractions(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, fractions: Tensor, thresholds: Tensor) -> Tensor:
+        step = torch.exp2(-torch.round(fractions))
+        value = torch.clamp(x, -thresholds, thresholds)
+        level = torch.div(value, step).round_().mul_(step).minimum((thresholds - step).clamp_(min=0))
+        ctx.save_for_backward(level - value, value == x)
+        return level
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        error, within = ctx.saved_tensors
+        return grads[0] * within, grads[0] * error * -math.log(2), None
+
+
+def round_to_fractions(x: Tensor, fractions: Tensor, thresholds: Tensor) -> Tensor:
+    """Each of `x`, `(n,)`, rounded to its own number of bits behind the point, within its own `-t … t - step`.
+
+    Backward: straight-through for `x`, within `-t … t`. A rounding error `d` shrinks by half with each bit, hence
+    `∂d/∂f = -ln 2 · d` for the fraction bits `f`: the surrogate of HGQ (Sun et al. 2024), which takes errors as spread
+    evenly over a step. What an `x` beyond `t` is clipped by has no part in it.
+
+    Args:
+        x: real values.
+        fractions: real, rounded to a whole number of bits.
+        thresholds: powers of two.
+    """
+    rounded: Tensor = _RoundToFractions.apply(x, fractions, thresholds)  # type: ignore[no-untyped-call]
+    return rounded
 
 
 def recomputed(y: Tensor, x: Tensor, grid: AnyGrid) -> AbstractContextManager[None]:

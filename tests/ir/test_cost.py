@@ -31,6 +31,15 @@ def test_weight_rate() -> None:
     assert cost.weight_rate(SCHEME) == 32 * 400 / 1100
 
 
+def test_weights_count_by_their_own_widths() -> None:
+    format_ = Fixed(signed=True, width=5, frac=0)
+    own = Tensor(name="c.weight", kind="weight", format=format_, size=4, widths=np.array([0, 5, 2, 0]))
+    assert cost.weight_bits(Scheme((*SCHEME.tensors, own))) == 2 * 300 + 5 * 100 + 7
+    assert cost.weight_rate(Scheme((own,))) == 32 * 4 / 7
+    none = Tensor(name="c.weight", kind="weight", format=format_, size=4, widths=np.zeros(4, int))
+    assert cost.weight_rate(Scheme((none,))) == np.inf
+
+
 def step(name: str, *sources: str, size: int, holds: Literal["format", "source", "nothing"] = "format") -> cost.Step:
     return cost.Step(name=name, sources=sources, size=size, holds=holds)
 

@@ -171,7 +171,7 @@ def test_bits_of_single_tensors_that_cannot_be(settings, method, message, mlp, d
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("annealing", {}, "unknown method 'annealing'; there are hawq, hmq, msqe, pot_gradient, uniform, zeroq"),
+        ("annealing", {}, "unknown method 'annealing'; there are hawq, hgq, hmq, msqe, pot_gradient, uniform, zeroq"),
         ("hmq", {"penatly": 1}, "no option 'penatly'; it has penalty"),
         ("hmq", {"expected_bits": "x"}, "gumbel, softmax"),
         ("uniform", {"threshold": "x"}, "least_error, maximum"),
@@ -258,7 +258,7 @@ def test_every_method_keeps_other_bounds(method, budget_of, mlp, digits, budget)
     eight = Target().bounds(model)[0].most * 2
     most = {"weight_bits": eight / 2, "bops": 8 * eight / 2.5}[budget_of]
     model, scheme, _ = find_scheme(model, digits, budget, Target(**{budget_of: most}), method=method)
-    layers = cost.layer_costs(freeze(model))
+    layers = cost.layer_costs(freeze(model), scheme)
     actual = {"weight_bits": cost.weight_bits(scheme), "bops": sum(layer.bops for layer in layers)}[budget_of]
     least = 0.6 if method == "uniform" else 1 / 1.1  # which has whole bits only
     assert least * most <= actual <= most

@@ -24,6 +24,7 @@ from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.train import ignore
 from hmq_fpga.study.run import pipeline
 from hmq_fpga.study.run.config import make_config
+from hmq_fpga.study.run.diff import diff
 from hmq_fpga.study.run.pipeline import compare_again, run
 from tests import outside
 
@@ -151,6 +152,34 @@ def test_other_settings_of_the_verilog_repeat_only_what_they_touch(undisturbed, 
     ]
     assert cycles[0] > 1
     assert cycles[1] == 0
+
+
+def test_widths_of_single_weights(undisturbed, digits_file, own_model, tmp_path):
+    """Exact in all back ends, kept and counted by the run, and searched again where their file has changed."""
+    folder, _ = undisturbed
+    again, record = run_again(folder, digits_file, own_model, tmp_path, "--method", "hgq")
+    parity = json.loads((again / "parity.json").read_text())
+    assert [(name, parity["simulators"][name]["mismatches"]) for name in SIMULATORS] == [(n, 0) for n in SIMULATORS]
+    scheme = Scheme.load(again / "scheme.json")
+    bits = sum(int(t.widths.sum()) for t in scheme.of_kind("weight"))
+    metrics = record["metrics"]
+    assert metrics["weight_bits"] == bits
+    assert metrics["rw_actual"] == 32 * sum(t.size for t in scheme.of_kind("weight")) / bits
+    assert 10 <= metrics["rw_actual"] <= 11
+    means = {layer["weight_bits"] for layer in json.loads((again / "layers.json").read_text())["layers"]} - {None}
+    assert means == {t.mean_width for t in scheme.of_kind("weight")}
+    found = diff(folder, again)
+    assert all("bits a weight" in change[1] for name, change in found["formats"].items() if name.endswith(".weight"))
+
+    files = {path: path.read_bytes() for path in (again / "scheme.json", again / "widths.npz")}
+    command_again = command(again, digits_file, own_model, "--json", "--method", "hgq")
+    for damage, repeated in ((lambda: None, False), ((again / "widths.npz").unlink, True)):
+        damage()
+        done = subprocess.run(command_again, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert (json.loads(done.stdout)["stages"]["search"] != record["stages"]["search"]) == repeated
+        assert Scheme.load(again / "scheme.json") == scheme
+    assert files[again / "scheme.json"] == (again / "scheme.json").read_bytes()
 
 
 def test_parity_on_some_samples(undisturbed, digits_file, own_model, tmp_path):

@@ -11,6 +11,7 @@ from hmq_fpga.ir.scheme import Scheme
 from hmq_fpga.search.graph import QModel
 from hmq_fpga.search.logic import ZEROS, start
 from hmq_fpga.search.methods.hawq import HawqOptions, hawq
+from hmq_fpga.search.methods.hgq import HgqOptions, hgq
 from hmq_fpga.search.methods.hmq import CYCLES, MIN_STEPS_PER_CYCLE, HmqOptions, hmq
 from hmq_fpga.search.methods.msqe import MsqeOptions, msqe
 from hmq_fpga.search.methods.pot_gradient import PotGradientOptions, pot_gradient
@@ -37,6 +38,7 @@ METHODS: Mapping[str, Method] = {
     "zeroq": Method(zeroq, ZeroqOptions),
     "msqe": Method(msqe, MsqeOptions),
     "pot_gradient": Method(pot_gradient, PotGradientOptions),
+    "hgq": Method(hgq, HgqOptions),
 }
 
 

@@ -47,15 +47,15 @@ STYLE: dict[Any, Any] = {
 
 
 def formats_figure(tensors: Sequence[Tensor]) -> str:
-    """Bit-width of each tensor, and the bit positions it covers, from its step up to its threshold."""
+    """Bit-width of each tensor, or its mean, and the bit positions it covers, from its step up to its threshold."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 0.9 + 0.27 * len(tensors)), layout="constrained")
         bits, spans = figure.subplots(1, 2, sharey=True, width_ratios=(2, 3))
         rows = range(len(tensors))
         colours = [COLOURS[t.kind] for t in tensors]
-        widths = [t.format.width for t in tensors]
+        widths = [t.mean_width for t in tensors]
         bars = bits.barh(rows, widths, color=colours, height=0.62)
-        bits.bar_label(bars, padding=2)
+        bits.bar_label(bars, fmt="%.3g", padding=2)
         bits.set(xlabel="bits", xlim=(0, max(widths) * 1.15), yticks=rows, yticklabels=[short(t.name) for t in tensors])
         bits.invert_yaxis()
         steps = [-t.format.frac for t in tensors]

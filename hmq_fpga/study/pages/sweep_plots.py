@@ -61,14 +61,14 @@ def comparison_figure(found: Sequence[Group], x: Axis, y: Axis, baseline: float)
 
 
 def heat_map(schemes: Mapping[str, Scheme]) -> Figure:
-    """Bits and log2 of the threshold of each tensor (a row), for each run (a column)."""
+    """Bits, or their mean, and log2 of the threshold of each tensor (a row), for each run (a column)."""
     names = list(dict.fromkeys(name for scheme in schemes.values() for name in scheme))
     bits = np.full((len(names), len(schemes)), np.nan)
     exponents = np.full_like(bits, np.nan)
     for column, scheme in enumerate(schemes.values()):
         for tensor in scheme.tensors:
             at = names.index(tensor.name), column
-            bits[at], exponents[at] = tensor.format.width, tensor.format.threshold_log2
+            bits[at], exponents[at] = tensor.mean_width, tensor.format.threshold_log2
     with mpl.rc_context(STYLE):
         size = (max(WIDTH, 1.9 + 0.27 * len(schemes)), 1.3 + 2 * (0.35 + 0.24 * len(names)))
         figure = Figure(figsize=size, layout="constrained")
@@ -91,7 +91,7 @@ def _cells(axes: Axes, values: np.ndarray[Any, Any], title: str, colours: str) -
     for (row, column), value in np.ndenumerate(values):
         if not np.isnan(value):
             ink = "white" if value < middle else "black"
-            axes.text(column + 0.5, row + 0.5, f"{value:.0f}", ha="center", va="center", fontsize=7, color=ink)
+            axes.text(column + 0.5, row + 0.5, f"{value:.2g}", ha="center", va="center", fontsize=7, color=ink)
 
 
 def curves_figure(histories: Mapping[str, History]) -> Figure:

@@ -49,7 +49,7 @@ def diff(a: Path, b: Path) -> dict[str, Any]:
     """
     records = [_finished(folder) for folder in (a, b)]
     schemes = [Scheme.load(folder / "scheme.json") for folder in (a, b)]
-    layers = [_layers(folder) for folder in (a, b)]
+    layers = [_layers(folder, scheme) for folder, scheme in zip((a, b), schemes, strict=True)]
     resources = [_resources(folder) for folder in (a, b)]
     metrics = [record["metrics"] for record in records]
     return {
@@ -72,8 +72,8 @@ def _finished(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _layers(folder: Path) -> dict[str, dict[str, Any]]:
-    costs = [asdict(layer) for layer in cost.layer_costs(QNet.load(folder / "qnet"))]
+def _layers(folder: Path, scheme: Scheme) -> dict[str, dict[str, Any]]:
+    costs = [asdict(layer) for layer in cost.layer_costs(QNet.load(folder / "qnet"), scheme)]
     return {layer.pop("name"): layer for layer in costs}
 
 
@@ -83,9 +83,10 @@ def _resources(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _type(tensor: Tensor) -> str:
-    """The HLS type, whose bits and integer bits say width and threshold."""
+    """The HLS type, whose bits and integer bits say width and threshold, and the mean of widths of single weights."""
     kind = "ap_fixed" if tensor.format.signed else "ap_ufixed"
-    return f"{kind}<{tensor.format.width},{tensor.format.integer}>"
+    own = "" if tensor.widths is None else f", {tensor.mean_width:.4g} bits a weight"
+    return f"{kind}<{tensor.format.width},{tensor.format.integer}>{own}"
 
 
 def _names(pair: Iterable[Mapping[str, Any]]) -> list[str]:

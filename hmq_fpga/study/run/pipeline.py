@@ -26,7 +26,7 @@ from hmq_fpga.deploy.toolchain import GXX
 from hmq_fpga.ir import cost, reference
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.network import QNet
-from hmq_fpga.ir.scheme import Scheme
+from hmq_fpga.ir.scheme import WIDTHS, Scheme
 from hmq_fpga.search.describe import description
 from hmq_fpga.search.freeze import freeze, outline, run_codes
 from hmq_fpga.search.graph import QModel
@@ -263,6 +263,7 @@ class _Run:
                 settings=data | searching,
                 needs=("float",),
                 makes=("search.pt", "scheme.json", "search.json"),
+                may_make=(WIDTHS,),
                 versions=trained,
                 work=self.search,
             ),
@@ -396,7 +397,7 @@ class _Run:
         write_json(new / LAYERS, {**described, "notes": [*described["notes"], *ranges]})
         outputs = describe_outputs(model, net, self.dataset)
         write_json(new / OUTPUTS, outputs)
-        layers = cost.layer_costs(net)
+        layers = cost.layer_costs(net, model.scheme)
         traced = {} if self.config.luts is None else {"luts_actual": traced_luts(net)}
         return {
             **traced,
@@ -406,7 +407,7 @@ class _Run:
             "macs": sum(layer.macs for layer in layers),
             "weight_bits": sum(layer.weight_bits for layer in layers),
             "bias_bits": sum(layer.bias_bits for layer in layers),
-            "bops": cost.bops(net),
+            "bops": cost.bops(net, model.scheme),
             "ebops": cost.ebops(net),
             "zero_weights": float(np.mean(np.concatenate([op.weight.ravel() for op in net.linears]) == 0)),
         }

@@ -1,0 +1,347 @@
+"""HGQ: a width for each weight, learnt together with the weights.
+
+High Granularity Quantization of Sun, Årrestad, Loncar, Ngadiuba, Spiropulu, "Gradient-based Automatic Mixed Precision
+Quantization for Neural Networks On-Chip" (2024). There bits have a price on a schedule; here the price follows from
+the bounds that have to be kept, and what a bound is missed by in the end is repaired exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from hmq_fpga.ir.errors import InvalidInput
+from hmq_fpga.ir.fixed import Fixed
+from hmq_fpga.ir.scheme import Scheme, Widths
+from hmq_fpga.ir.scheme import Tensor as SchemeTensor
+from hmq_fpga.search import calibrate
+from hmq_fpga.search.calibrate import least_error_format
+from hmq_fpga.search.graph import QModel
+from hmq_fpga.search.methods.hmq import SAMPLES
+from hmq_fpga.search.optimizer import RAdam
+from hmq_fpga.search.quantizers import Grid, least_threshold_log2, round_to_fractions
+from hmq_fpga.search.target import Bound, Target, activation_sites
+from hmq_fpga.search.train import Budget, History, Listener, Recorder, Task, batches, finished, finite
+
+FALLING = 0.6  # of the steps, until the bits have to be those of the bounds
+FALL_OF_A_WIDTH = 1 / 3  # of the steps, in which a width can go from the largest to zero
+CALIBRATIONS = 10  # of the activations' thresholds, over the whole search
+FIRST_PRICE = 1e-2  # of all bits that the bounds allow, in units of the task's loss
+PRICE_GAIN = 200.0  # by which logarithm the price would grow over the whole search, were twice the bits spent
+UNSEEN = 1e-3  # of the mean curvature, and of the error that is expected: part of a measured cost
+PRICE_DAMPING = 10.0
+SLACK = 1e-9
+BETAS = (0.9, 0.99)  # of Adam, which moves the widths: a short memory, since the price changes
+
+Granularity = Literal["weight", "channel", "tensor"]
+Formats = Mapping[str, Fixed]
+_Values = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HgqOptions:
+    """Options of `hgq`.
+
+    Attributes:
+        granularity: what has one width while widths are learnt: each weight, the weights of an output channel, or a
+            tensor. In the end a weight whose code is zero has no bits, and the repair is of single weights.
+        width_learning_rate: of the widths, in bits; by default such that one can go from the largest to zero in a third
+            of the steps.
+    """
+
+    granularity: Granularity = "weight"
+    width_learning_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.granularity not in get_args(Granularity):
+            raise InvalidInput(f"granularity {self.granularity!r}: choose from {', '.join(get_args(Granularity))}")
+        if self.width_learning_rate is not None and not self.width_learning_rate > 0:
+            raise InvalidInput(f"width_learning_rate = {self.width_learning_rate:g} is not positive")
+
+
+def hgq(
+    model: QModel,
+    task: Task,
+    budget: Budget,
+    target: Target,
+    options: HgqOptions,
+    *,
+    seed: int,
+    listener: Listener,
+) -> tuple[QModel, Scheme, History]:
+    """Train weights and their widths together, at a price of bits that drives their cost to the bounds.
+
+    A weight may have any width from zero to the largest that the target gives its tensor. Thresholds of weights are the
+    least that cover them. Activations have the widths that R_a allows (Eq. 11 of the HMQ paper), and thresholds of
+    least squared error.
+    """
+    steps = budget.search_steps
+    widths = LearntWidths(model, target, options.granularity)
+    rate = options.width_learning_rate or widths.largest / (FALL_OF_A_WIDTH * steps)
+    optimizer = RAdam((model.parameters(), budget.learning_rate))
+    of_widths = torch.optim.Adam([widths.fractions], rate, betas=BETAS)
+    formats = _activation_formats(model, task, target, widths)
+    bounds = target.bounds(model, formats)
+    prices = torch.from_numpy(widths.prices(bounds)).to(widths.fractions)
+    price = _Price(steps=steps, first=float((prices @ widths()[1].detach()).max()))
+    recorder, every = Recorder(listener), max(steps // 150, 1)
+    model.train()
+    for step, (x, y) in enumerate(batches(task, steps, torch.Generator().manual_seed(seed))):
+        if step and step % max(steps // CALIBRATIONS, 1) == 0:
+            formats = _activation_formats(model, task, target, widths)
+        weights, bits = widths()
+        returned, scores = finished(model, functional_call(model, weights, (x, _grids(formats))))
+        task_loss, shares = task.loss(returned, y, scores), prices @ bits
+        of_widths.zero_grad()
+        optimizer.step(task_loss + price.value * shares.max())
+        of_widths.step()
+        widths.keep_within()
+        price.follow(step, shares.max().item())
+        if step % every == 0 or step == steps - 1:
+            recorder(
+                step + 1,
+                steps,
+                {
+                    "epoch": task.epoch(step + 1),
+                    "loss": finite(task_loss),
+                    **task.accuracies("batch", scores, y),
+                    "rate_expected": bounds[0].rate / shares[0].item(),
+                    "rate_actual": bounds[0].rate / (prices[0] @ bits.detach().round()).item(),
+                    "rate_target": bounds[0].rate / price.allowed(step),
+                    "price": price.value,
+                },
+            )
+    optimizer.release()
+    model.eval()
+    formats = _activation_formats(model, task, target, widths)
+    scheme = _scheme(model, task, widths, formats, target.bounds(model, formats), options)
+    model.set_scheme(scheme)
+    return model, scheme, recorder.history
+
+
+@dataclass
+class _Price:
+    """Of bits: it rises while more of them are spent than the schedule allows, and falls while fewer are.
+
+    Attributes:
+        steps: of the search.
+        first: what is spent before it, as a multiple of what the bounds allow.
+        value: of all bits that they allow.
+    """
+
+    steps: int
+    first: float
+    value: float = field(default=FIRST_PRICE, init=False)
+    _missed: float = field(default=0.0, init=False)
+
+    def allowed(self, step: int) -> float:
+        """What may be spent at a step, as a multiple of what the bounds allow: it falls to one, geometrically."""
+        return float(max(self.first, 1.0) ** max(1 - step / (FALLING * self.steps), 0))
+
+    def follow(self, step: int, spent: float) -> None:
+        miss = spent / self.allowed(step) - 1
+        self._missed += miss / self.steps
+        self.value = FIRST_PRICE * math.exp(PRICE_GAIN * self._missed + PRICE_DAMPING * miss)
+
+
+class LearntWidths:
+    """The widths of all weights of a model, which stand in a row here: tensor by tensor, each flattened.
+
+    Attributes:
+        fractions: bits behind the point of each weight, channel or tensor, which are learnt. With the integer bits of
+            the tensor they are the width.
+        largest: of the widths that a weight may get.
+    """
+
+    def __init__(self, model: QModel, target: Target, granularity: Granularity) -> None:
+        self._weights = model.weights
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        self._parameters = [names[weight] for weight in self._weights.values()]  # type: ignore[index]
+        self._sizes = [weight.numel() for weight in self._weights.values()]
+        groups = _groups(model, granularity)
+        device = groups.device
+        self._group_of = None if granularity == "weight" else groups
+        self._tensor_of = torch.repeat_interleave(torch.tensor(self._sizes)).to(device)
+        self._tensor_of_group = self._tensor_of.new_zeros(int(groups.max()) + 1).scatter_(0, groups, self._tensor_of)
+        self._most = torch.tensor([float(bits[-1]) for bits in target.choices(model).values()], device=device)
+        self.largest = float(self._most.max())
+        self.fractions = nn.Parameter((self._most - self._integers())[self._tensor_of_group])
+
+    def __call__(self) -> tuple[dict[str, Tensor], Tensor]:
+        """The quantized weights by parameter of the model, and in a row their widths before these are rounded.
+
+        A weight that is rounded to zero has no bits.
+        """
+        integers = self._integers()[self._tensor_of]
+        fractions = self.fractions if self._group_of is None else self.fractions.index_select(0, self._group_of)
+        levels = round_to_fractions(self._row(), fractions, torch.exp2(integers - 1))
+        widths = (fractions + integers) * (levels.detach() != 0)
+        parts = zip(self._parameters, levels.split(self._sizes), self._weights.values(), strict=True)
+        return {name: part.view_as(weight) for name, part, weight in parts}, widths
+
+    @torch.no_grad()
+    def keep_within(self) -> None:
+        """Give no weight less than zero bits or more than its tensor may have."""
+        fewest = -self._integers()
+        lo, hi = (limits[self._tensor_of_group] for limits in (fewest, fewest + self._most))
+        self.fractions.clamp_(lo, hi)
+
+    def prices(self, bounds: Sequence[Bound]) -> _Values:
+        """Of one bit of each weight, as a share of what each bound allows: `(bounds, weights)`."""
+        rows = [[bound.prices[name] / bound.most for name in self._weights] for bound in bounds]
+        return np.repeat(np.array(rows) / self._sizes, self._sizes, axis=1)
+
+    @torch.no_grad()
+    def costs(self, curvature: Tensor) -> _Values:
+        """What each width costs each weight: `(weights, widths)`, from 0 bits up; infinite where it may not have it.
+
+        Half the curvature of the loss, `(weights,)`, times the square of the rounding error; and a small part of what
+        that would be on average, of a weight anywhere: it will move yet.
+        """
+        row, integers, most = self._row(), self._integers()[self._tensor_of], self._most[self._tensor_of]
+        columns = []
+        for width in range(int(self.largest) + 1):
+            fractions = width - integers
+            error = (round_to_fractions(row, fractions, torch.exp2(integers - 1)) - row).square()
+            expected = torch.exp2(-2 * fractions) / 12
+            columns.append(((error + UNSEEN * expected) * curvature / 2).masked_fill(width > most, math.inf))
+        return torch.stack(columns, 1).double().cpu().numpy()
+
+    def formats(self, widths: Widths) -> dict[str, tuple[Fixed, Widths]]:
+        """By tensor, the format that encloses all its weights, of the given widths in a row, and their part of these.
+
+        A format has two bits at least: one of a single bit would have no sign.
+        """
+        parts = np.split(widths, np.cumsum(self._sizes)[:-1])
+        integers = [int(n) for n in self._integers().tolist()]
+        enclosing = [max(int(part.max()), 2) for part in parts]
+        return {
+            name: (Fixed(signed=True, width=width, frac=width - n), part)
+            for name, width, n, part in zip(self._weights, enclosing, integers, parts, strict=True)
+        }
+
+    def _row(self) -> Tensor:
+        return torch.cat([weight.flatten() for weight in self._weights.values()])
+
+    def _integers(self) -> Tensor:
+        """Bits before the point of each tensor, its sign among them: the least whose threshold covers all weights."""
+        largest = torch.stack([weight.detach().abs().max() for weight in self._weights.values()])
+        mantissas, exponents = torch.frexp(largest)
+        return (exponents - (mantissas == 0.5).int() + 1).to(largest.dtype)
+
+
+def _groups(model: QModel, granularity: Granularity) -> Tensor:
+    """For each weight, in a row, the number of what it shares its width with."""
+    layers = dict(zip((node.name for node in model.nodes), model.layers, strict=True))
+    groups, start = [], 0
+    for site, weight in model.weights.items():
+        if granularity == "weight":
+            own = torch.arange(weight.numel(), device=weight.device)
+        elif granularity == "tensor":
+            own = torch.zeros(weight.numel(), dtype=torch.long, device=weight.device)
+        else:
+            transposed = isinstance(layers[site.removesuffix(".weight")], (nn.ConvTranspose1d, nn.ConvTranspose2d))
+            channels = weight.movedim(1, 0) if transposed else weight
+            numbers = torch.arange(len(channels), device=weight.device).view(-1, *(1,) * (weight.ndim - 1))
+            numbers = numbers.expand_as(channels)
+            own = (numbers.movedim(0, 1) if transposed else numbers).flatten()
+        groups.append(start + own)
+        start = int(groups[-1].max()) + 1
+    return torch.cat(groups)
+
+
+def _grids(formats: Formats) -> dict[str, Grid]:
+    return {name: Grid.of(format_) for name, format_ in formats.items()}
+
+
+@torch.no_grad()
+def _activation_formats(model: QModel, task: Task, target: Target, widths: LearntWidths) -> dict[str, Fixed]:
+    """Of the input and every activation: its width by R_a, and the threshold of least error with today's weights."""
+    values: dict[str, Tensor] = {}
+    settings = {"grids": {}, "observe": values.__setitem__}
+    functional_call(model, widths()[0], (task.x_train[: calibrate.SAMPLES],), settings)
+    bits, formats = target.activation_bits(model), {}
+    for site in activation_sites(model):
+        x = values[site.name]
+        limit = least_threshold_log2(float(x.abs().max()))
+        formats[site.name] = least_error_format(x, signed=site.signed, bits=bits[site.name], max_threshold_log2=limit)
+    return formats
+
+
+def _curvature(model: QModel, task: Task, widths: LearntWidths, formats: Formats) -> Tensor:
+    """Of the loss with respect to each weight, up to a factor: mean squares of gradients, those of training batches."""
+    levels, bits = widths()
+    weights = {name: weight.detach().requires_grad_() for name, weight in levels.items()}
+    squares = torch.zeros_like(bits, requires_grad=False)
+    samples = (values[:SAMPLES].split(task.batch_size) for values in (task.x_train, task.y_train))
+    for x, y in zip(*samples, strict=True):
+        returned, scores = finished(model, functional_call(model, weights, (x, _grids(formats))))
+        gradients = torch.autograd.grad(task.loss(returned, y, scores), list(weights.values()))
+        squares += torch.cat([gradient.flatten() for gradient in gradients]).square()
+    return squares / squares.mean() + UNSEEN
+
+
+def nearest_within(found: Widths, costs: _Values, prices: _Values) -> Widths:
+    """Widths that keep all bounds and use one of them up, but for less than one weight's bits.
+
+    Where the widths that were found keep them, all stay or grow, else all stay or shrink. At one rate of exchange
+    between cost and bits each weight takes its best width, which is the least total cost of all that spend as much; the
+    rate is the one at which the bounds are just kept.
+
+    Args:
+        found: `(weights,)`.
+        costs: of each width, `(weights, widths)`.
+        prices: of a bit of each weight as a share of each bound, `(bounds, weights)`.
+    """
+    bits, price = np.arange(costs.shape[1]), prices.sum(0)[:, None]
+    fit = (prices @ found).max() <= 1 + SLACK
+    costs = np.where(bits >= found[:, None] if fit else bits <= found[:, None], costs, math.inf)
+
+    def best(log2_rate: float) -> Widths:
+        chosen: Widths = np.argmin(costs + 2.0**log2_rate * price * bits, axis=1)
+        return chosen
+
+    low, high = -100.0, 100.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if (prices @ best(middle)).max() <= 1 + SLACK:
+            high = middle
+        else:
+            low = middle
+    widths, wider = best(high), best(low)
+    differing = np.flatnonzero(wider > widths)  # those for which the two rates make a difference, one by one
+    spent = np.cumsum(prices[:, differing] * (wider - widths)[differing], axis=1) + (prices @ widths)[:, None]
+    fitting = differing[(spent <= 1 + SLACK).all(0)]
+    widths[fitting] = wider[fitting]
+    return widths
+
+
+def _scheme(
+    model: QModel, task: Task, widths: LearntWidths, formats: Formats, bounds: Sequence[Bound], options: HgqOptions
+) -> Scheme:
+    """The scheme of what was learnt, repaired where that does not keep the bounds or leaves bits that they allow."""
+    found = widths()[1].detach().round().long().cpu().numpy()
+    costs = widths.costs(_curvature(model, task, widths, formats))
+    kept = nearest_within(found, costs, widths.prices(bounds))
+    made = {
+        name: SchemeTensor(name=name, kind="weight", format=format_, size=len(part), widths=part)
+        for name, (format_, part) in widths.formats(kept).items()
+    }
+    before = {name: round(float(part.mean()), 2) for name, (_, part) in widths.formats(found).items()}
+    repaired = {
+        name: [mean, after] for name, mean in before.items() if (after := round(made[name].mean_width, 2)) != mean
+    }
+    tensors = (
+        made.get(s.name) or SchemeTensor(name=s.name, kind=s.kind, format=formats[s.name], size=s.size)
+        for s in model.sites
+    )
+    found_by = {"method": "hgq", "granularity": options.granularity, **({"repaired": repaired} if repaired else {})}
+    return Scheme(tuple(tensors), found_by)
