@@ -158,10 +158,11 @@ class Pruning:
         return magnitudes[magnitudes > 0].sort().values
 
     def _in_steps(self, name: str, weight: Tensor) -> Tensor:
-        """Magnitudes in units of the step, zero where the code is zero."""
+        """Magnitudes in units of the step, of widths of elements their mean's; zero where the code is zero."""
         tensor, weight = self._model.scheme[name], weight.detach()
         codes = fake_quantize(weight, grid_of(tensor.format, tensor.widths, weight))
-        return weight.abs() / tensor.format.step * (codes != 0)
+        step = tensor.format.step * 2.0 ** (tensor.format.width - tensor.mean_width)
+        return weight.abs() / step * (codes != 0)
 
     @torch.no_grad()
     def _prune(self, count: int, magnitudes: Tensor) -> None:

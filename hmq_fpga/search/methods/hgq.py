@@ -23,11 +23,11 @@ from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.ir.scheme import Scheme, Widths
 from hmq_fpga.ir.scheme import Tensor as SchemeTensor
 from hmq_fpga.search import calibrate
-from hmq_fpga.search.calibrate import least_error_format
+from hmq_fpga.search.calibrate import least_error_format, max_thresholds_log2
 from hmq_fpga.search.graph import QModel
 from hmq_fpga.search.methods.hmq import SAMPLES
 from hmq_fpga.search.optimizer import RAdam
-from hmq_fpga.search.quantizers import Grid, least_threshold_log2, round_to_fractions
+from hmq_fpga.search.quantizers import Grid, round_to_fractions
 from hmq_fpga.search.target import Bound, Target, activation_sites
 from hmq_fpga.search.train import Budget, History, Listener, Recorder, Task, batches, finished, finite
 
@@ -36,10 +36,11 @@ FALL_OF_A_WIDTH = 1 / 3  # of the steps, in which a width can go from the larges
 CALIBRATIONS = 10  # of the activations' thresholds, over the whole search
 FIRST_PRICE = 1e-2  # of all bits that the bounds allow, in units of the task's loss
 PRICE_GAIN = 200.0  # by which logarithm the price would grow over the whole search, were twice the bits spent
-UNSEEN = 1e-3  # of the mean curvature, and of the error that is expected: part of a measured cost
-PRICE_DAMPING = 10.0
-SLACK = 1e-9
+PRICE_DAMPING = 10.0  # by which logarithm it is larger while they are
+PRICE_RANGE = 20.0  # of the logarithm, up and down
 BETAS = (0.9, 0.99)  # of Adam, which moves the widths: a short memory, since the price changes
+UNSEEN = 1e-3  # of the mean curvature, and of the error that is expected: part of a measured cost
+SLACK = 1e-9
 
 Granularity = Literal["weight", "channel", "tensor"]
 Formats = Mapping[str, Fixed]
@@ -80,15 +81,16 @@ def hgq(
     """Train weights and their widths together, at a price of bits that drives their cost to the bounds.
 
     A weight may have any width from zero to the largest that the target gives its tensor. Thresholds of weights are the
-    least that cover them. Activations have the widths that R_a allows (Eq. 11 of the HMQ paper), and thresholds of
-    least squared error.
+    least that cover them, but for outliers. Activations have the widths that R_a allows (Eq. 11 of the HMQ paper), and
+    thresholds of least squared error.
     """
-    steps = budget.search_steps
-    widths = LearntWidths(model, target, options.granularity)
+    steps, activation_bits = budget.search_steps, target.activation_bits(model)
+    limits = max_thresholds_log2(model, task)
+    widths = LearntWidths(model, target, limits, options.granularity)
     rate = options.width_learning_rate or widths.largest / (FALL_OF_A_WIDTH * steps)
     optimizer = RAdam((model.parameters(), budget.learning_rate))
     of_widths = torch.optim.Adam([widths.fractions], rate, betas=BETAS)
-    formats = _activation_formats(model, task, target, widths)
+    formats = _activation_formats(model, task, activation_bits, limits, widths)
     bounds = target.bounds(model, formats)
     prices = torch.from_numpy(widths.prices(bounds)).to(widths.fractions)
     price = _Price(steps=steps, first=float((prices @ widths()[1].detach()).max()))
@@ -96,7 +98,7 @@ def hgq(
     model.train()
     for step, (x, y) in enumerate(batches(task, steps, torch.Generator().manual_seed(seed))):
         if step and step % max(steps // CALIBRATIONS, 1) == 0:
-            formats = _activation_formats(model, task, target, widths)
+            formats = _activation_formats(model, task, activation_bits, limits, widths)
         weights, bits = widths()
         returned, scores = finished(model, functional_call(model, weights, (x, _grids(formats))))
         task_loss, shares = task.loss(returned, y, scores), prices @ bits
@@ -113,15 +115,15 @@ def hgq(
                     "epoch": task.epoch(step + 1),
                     "loss": finite(task_loss),
                     **task.accuracies("batch", scores, y),
-                    "rate_expected": bounds[0].rate / shares[0].item(),
-                    "rate_actual": bounds[0].rate / (prices[0] @ bits.detach().round()).item(),
+                    "rate_expected": bounds[0].rate / max(shares[0].item(), SLACK),
+                    "rate_actual": bounds[0].rate / max((prices[0] @ bits.detach().round()).item(), SLACK),
                     "rate_target": bounds[0].rate / price.allowed(step),
                     "price": price.value,
                 },
             )
     optimizer.release()
     model.eval()
-    formats = _activation_formats(model, task, target, widths)
+    formats = _activation_formats(model, task, activation_bits, limits, widths)
     scheme = _scheme(model, task, widths, formats, target.bounds(model, formats), options)
     model.set_scheme(scheme)
     return model, scheme, recorder.history
@@ -149,7 +151,8 @@ class _Price:
     def follow(self, step: int, spent: float) -> None:
         miss = spent / self.allowed(step) - 1
         self._missed += miss / self.steps
-        self.value = FIRST_PRICE * math.exp(PRICE_GAIN * self._missed + PRICE_DAMPING * miss)
+        growth = PRICE_GAIN * self._missed + PRICE_DAMPING * miss
+        self.value = FIRST_PRICE * math.exp(min(max(growth, -PRICE_RANGE), PRICE_RANGE))
 
 
 class LearntWidths:
@@ -161,7 +164,7 @@ class LearntWidths:
         largest: of the widths that a weight may get.
     """
 
-    def __init__(self, model: QModel, target: Target, granularity: Granularity) -> None:
+    def __init__(self, model: QModel, target: Target, limits: Mapping[str, int], granularity: Granularity) -> None:
         self._weights = model.weights
         names = {parameter: name for name, parameter in model.named_parameters()}
         self._parameters = [names[weight] for weight in self._weights.values()]  # type: ignore[index]
@@ -171,6 +174,7 @@ class LearntWidths:
         self._group_of = None if granularity == "weight" else groups
         self._tensor_of = torch.repeat_interleave(torch.tensor(self._sizes)).to(device)
         self._tensor_of_group = self._tensor_of.new_zeros(int(groups.max()) + 1).scatter_(0, groups, self._tensor_of)
+        self._limits = torch.tensor([limits[name] for name in self._weights], device=device)
         self._most = torch.tensor([float(bits[-1]) for bits in target.choices(model).values()], device=device)
         self.largest = float(self._most.max())
         self.fractions = nn.Parameter((self._most - self._integers())[self._tensor_of_group])
@@ -232,10 +236,13 @@ class LearntWidths:
         return torch.cat([weight.flatten() for weight in self._weights.values()])
 
     def _integers(self) -> Tensor:
-        """Bits before the point of each tensor, its sign among them: the least whose threshold covers all weights."""
+        """Bits before the point of each tensor, its sign among them.
+
+        The threshold is the least that covers all weights, within the limit that it had before the search.
+        """
         largest = torch.stack([weight.detach().abs().max() for weight in self._weights.values()])
         mantissas, exponents = torch.frexp(largest)
-        return (exponents - (mantissas == 0.5).int() + 1).to(largest.dtype)
+        return torch.minimum(exponents - (mantissas == 0.5).int(), self._limits).to(largest.dtype) + 1
 
 
 def _groups(model: QModel, granularity: Granularity) -> Tensor:
@@ -263,17 +270,19 @@ def _grids(formats: Formats) -> dict[str, Grid]:
 
 
 @torch.no_grad()
-def _activation_formats(model: QModel, task: Task, target: Target, widths: LearntWidths) -> dict[str, Fixed]:
-    """Of the input and every activation: its width by R_a, and the threshold of least error with today's weights."""
+def _activation_formats(
+    model: QModel, task: Task, bits: Mapping[str, int], limits: Mapping[str, int], widths: LearntWidths
+) -> dict[str, Fixed]:
+    """Of the input and every activation, with the weights as they are: thresholds of least error within limits."""
     values: dict[str, Tensor] = {}
     settings = {"grids": {}, "observe": values.__setitem__}
     functional_call(model, widths()[0], (task.x_train[: calibrate.SAMPLES],), settings)
-    bits, formats = target.activation_bits(model), {}
-    for site in activation_sites(model):
-        x = values[site.name]
-        limit = least_threshold_log2(float(x.abs().max()))
-        formats[site.name] = least_error_format(x, signed=site.signed, bits=bits[site.name], max_threshold_log2=limit)
-    return formats
+    return {
+        site.name: least_error_format(
+            values[site.name], signed=site.signed, bits=bits[site.name], max_threshold_log2=limits[site.name]
+        )
+        for site in activation_sites(model)
+    }
 
 
 def _curvature(model: QModel, task: Task, widths: LearntWidths, formats: Formats) -> Tensor:
