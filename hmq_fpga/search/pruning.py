@@ -7,6 +7,7 @@ unrolled logic shrinks at little loss. This is an option, no part of HMQ.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
@@ -161,7 +162,7 @@ class Pruning:
         """Magnitudes in units of the step, of widths of elements their mean's; zero where the code is zero."""
         tensor, weight = self._model.scheme[name], weight.detach()
         codes = fake_quantize(weight, grid_of(tensor.format, tensor.widths, weight))
-        step = tensor.format.step * 2.0 ** (tensor.format.width - tensor.mean_width)
+        step = tensor.format.step * math.pow(2, tensor.format.width - tensor.mean_width)
         return weight.abs() / step * (codes != 0)
 
     @torch.no_grad()

@@ -295,7 +295,7 @@ def _curvature(model: QModel, task: Task, widths: LearntWidths, formats: Formats
         returned, scores = finished(model, functional_call(model, weights, (x, _grids(formats))))
         gradients = torch.autograd.grad(task.loss(returned, y, scores), list(weights.values()))
         squares += torch.cat([gradient.flatten() for gradient in gradients]).square()
-    return squares / squares.mean() + UNSEEN
+    return squares / squares.mean().clamp(min=torch.finfo(squares.dtype).tiny) + UNSEEN
 
 
 def nearest_within(found: Widths, costs: _Values, prices: _Values) -> Widths:
