@@ -140,7 +140,7 @@ class View(nn.Module):
     """Flattening as many write it."""
 
     def forward(self, x):
-        return x.view(x.size(0), -1)
+        return x.contiguous().view(x.size(0), -1)
 
 
 class Mean(nn.Module):

@@ -22,10 +22,10 @@ from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.ir.scheme import Scheme, Widths
 from hmq_fpga.ir.scheme import Tensor as SchemeTensor
-from hmq_fpga.search import calibrate
-from hmq_fpga.search.calibrate import least_error_format, max_thresholds_log2
+from hmq_fpga.search.calibrate import SAMPLES as CALIBRATED
+from hmq_fpga.search.calibrate import LeastError, max_thresholds_log2
 from hmq_fpga.search.graph import QModel
-from hmq_fpga.search.methods.hmq import SAMPLES
+from hmq_fpga.search.methods.widths import SAMPLES
 from hmq_fpga.search.optimizer import RAdam
 from hmq_fpga.search.quantizers import Grid, round_to_fractions
 from hmq_fpga.search.target import Bound, Target, activation_sites
@@ -274,15 +274,15 @@ def _activation_formats(
     model: QModel, task: Task, bits: Mapping[str, int], limits: Mapping[str, int], widths: LearntWidths
 ) -> dict[str, Fixed]:
     """Of the input and every activation, with the weights as they are: thresholds of least error within limits."""
-    values: dict[str, Tensor] = {}
-    settings = {"grids": {}, "observe": values.__setitem__}
-    functional_call(model, widths()[0], (task.x_train[: calibrate.SAMPLES],), settings)
-    return {
-        site.name: least_error_format(
-            values[site.name], signed=site.signed, bits=bits[site.name], max_threshold_log2=limits[site.name]
-        )
+    found = {
+        site.name: LeastError(signed=site.signed, bits=bits[site.name], max_threshold_log2=limits[site.name])
         for site in activation_sites(model)
     }
+    settings = {"grids": {}, "observe": lambda name, x: found[name].add(x)}
+    weights, _ = widths()
+    for batch in task.x_train[:CALIBRATED].split(task.batch_size):
+        functional_call(model, weights, (batch,), settings)
+    return {name: errors.format for name, errors in found.items()}
 
 
 def _curvature(model: QModel, task: Task, widths: LearntWidths, formats: Formats) -> Tensor:
