@@ -64,22 +64,21 @@ def freeze(model: QModel) -> QNet:
     return _Freezer(model).net()
 
 
-def outline(model: QModel, activations: Mapping[str, Fixed] | Mapping[str, int] | None = None) -> QNet:
+def outline(model: QModel, known: Mapping[str, Fixed | int] | None = None) -> QNet:
     """The network that a search will find, but for its numbers; leaves a scheme that means nothing in the model.
 
     Args:
         model: without a scheme.
-        activations: formats or bit-widths of its input and activations by name, where they are known.
+        known: formats or bit-widths of sites, by name.
 
     Raises:
         UnsupportedLayer: as `freeze`.
     """
     limits = [layer.limit_log2 for layer in model.layers if isinstance(layer, Activation)]
     threshold = min([0, *(limit for limit in limits if limit is not None)])
-    known = dict[str, Fixed | int](activations or {})
     formats = {}
     for site in model.sites:
-        given = known.get(site.name, OUTLINE_BITS)
+        given = (known or {}).get(site.name, OUTLINE_BITS)
         formats[site.name] = (
             given
             if isinstance(given, Fixed)

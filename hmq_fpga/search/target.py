@@ -211,7 +211,7 @@ def weight_sites(model: QModel) -> list[Site]:
     return [site for site in model.sites if site.kind == "weight"]
 
 
-def bops_of_a_bit(model: QModel, activations: Mapping[str, Fixed] | Mapping[str, int]) -> dict[str, float]:
+def bops_of_a_bit(model: QModel, activations: Mapping[str, Fixed | int]) -> dict[str, float]:
     """Bit operations for one sample that one more bit of a weight costs, by name of the weight.
 
     Args:

@@ -72,10 +72,10 @@ def test_every_method_leaves_room_for_what_pruning_keeps(bound, most, method, ml
 @pytest.mark.parametrize(("most", "rate", "bits"), [(1500, 13, 4), (1e6, 4, 8)])
 def test_a_search_under_a_bound_on_logic_starts_where_there_is_something_to_prune(most, rate, bits, mlp, digits):
     model = instrument(mlp, digits.input_shape, input_signed=False)
-    started = start(model, digits, Target(luts=most))
+    started = start(model, Target(luts=most))
     assert (started.weight_rate, started.max_activation_bits, started.luts) == (rate, bits, most)
     own = Target(luts=most, weight_rate=8)
-    assert start(model, digits, own) is own
+    assert start(model, own) is own
 
 
 def test_what_was_pruned_stays_zero(mlp, digits):

@@ -35,8 +35,9 @@ def read(mlp):
     return instrument(mlp, (64,), input_signed=False)
 
 
-def test_no_data_are_read(unread, read):
-    _, scheme, history = find_scheme(read, unread, Budget(), Target(weight_rate=8), method="zeroq")
+@pytest.mark.parametrize("target", [Target(weight_rate=8), Target(luts=2000)])
+def test_no_data_are_read(target, unread, read):
+    _, scheme, history = find_scheme(read, unread, Budget(), target, method="zeroq")
     assert scheme.found_by["method"] == "zeroq"
     assert history["statistics_error"][-1] < history["statistics_error"][0] / 10
 

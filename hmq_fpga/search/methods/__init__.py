@@ -86,7 +86,7 @@ def find_scheme(
     settings = make_options(method, options or {})
     check_budget(method, budget)
     target.check(model)
-    started = start(model, task, target)
+    started = start(model, target)
     model, scheme, history = METHODS[method].function(
         model, task, budget, started, settings, seed=seed, listener=listener
     )
