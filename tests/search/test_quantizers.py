@@ -199,12 +199,14 @@ def test_joint_distribution():
 
 def test_tensors_with_fewer_candidates():
     """Their missing pairs are never drawn and never move."""
-    blocks = HMQ([True, False], [0, 2], [(2, 3, 4), (8,)], sizes=[0, 5])
+    blocks = HMQ([True, False], [0, 2], [(2, 3, 4), (8,)], prices=[[0, 5], [2, 1]])
     assert torch.isfinite(blocks.logits).sum(1).tolist() == [27, 9]
     assert [f.width for f in blocks.chosen()] == [4, 8]
     p = blocks.sample(0.5, torch.Generator().manual_seed(0))
     assert p.sum(1).tolist() == pytest.approx([1, 1])
-    assert blocks.expected_bits(p).item() == pytest.approx(5 * 8)
+    bits = (p[0].view(9, 3) @ torch.tensor([2.0, 3.0, 4.0])).sum().item()
+    costs = [cost.item() for cost in blocks.expected_costs(p)]
+    assert costs == pytest.approx([5 * 8, 2 * bits + 8])
     sum(grid.tensor.sum() for grid in blocks.grids(p)).backward()
     assert (blocks.logits.grad[1].view(9, 3)[:, 1:] == 0).all()
     optimizer = torch.optim.RAdam(blocks.parameters(), lr=0.1)
