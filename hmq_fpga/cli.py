@@ -179,6 +179,7 @@ def sweep(what: str, jobs: int, address: str | None, as_json: bool, **given: Any
     The float baseline of a seed is trained once. An interrupted sweep goes on where it stopped, and a run that fails
     does not stop the others.
     """
+    from hmq_fpga.study.run.config import missed
     from hmq_fpga.study.sweep.grid import load_sweep, make_sweep
     from hmq_fpga.study.sweep.grid import sweep as sweep_all
     from hmq_fpga.study.sweep.view import SweepView, sweep_summary
@@ -189,7 +190,7 @@ def sweep(what: str, jobs: int, address: str | None, as_json: bool, **given: Any
     with SweepView() as view:
         rows = sweep_all(config, jobs=jobs, address=address, monitor=view)
     _print(rows, as_json, lambda: sweep_summary(config.folder, rows))
-    return 0 if all(row["parity_passed"] for row in rows) else 1
+    return 0 if all(row["parity_passed"] and not missed(row) for row in rows) else 1
 
 
 @app.command(

@@ -14,6 +14,7 @@ import pytest
 
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.network import QNet
+from hmq_fpga.study.run.config import missed
 from hmq_fpga.study.run.diff import diff
 from hmq_fpga.study.sweep import table
 from hmq_fpga.study.sweep.grid import RATES, Job, SweepConfig, make_sweep, perform, sweep
@@ -244,6 +245,13 @@ def test_one_value_is_a_list_of_it():
         task="digits_mlp", rw=(8.0,), seeds=(3,), methods=("uniform",), settings={"estimate": "none"}
     )
     assert list(config.runs()) == ["uniform-rw8-ra4-seed3"]
+
+
+def test_bounds_that_are_missed():
+    kept = {"rw_target": 8.0, "rw_actual": 8.2, "bops_target": 100.0, "bops": 100, "luts_target": None}
+    assert not missed(kept)
+    assert missed(kept | {"rw_actual": 7.9}) == {"rw": 7.9}
+    assert missed(kept | {"luts_target": 10, "luts_actual": 11, "bops": 101}) == {"bops": 101, "luts": 11}
 
 
 def test_bounds_of_a_sweep():

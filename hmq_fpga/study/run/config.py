@@ -14,14 +14,14 @@ from hmq_fpga.deploy.settings import DEFAULT_PART, Estimate, Hardware, HlsBacken
 from hmq_fpga.ir.errors import InvalidInput
 
 DEFAULT_RW = 8.0
-BOUNDS = {
+BOUNDS = {  # settings, and what people call them
     "rw": "R_w",
     "weight_bits": "weight bits",
     "bops": "bit operations",
     "luts": "LUTs",
     "ebops": "EBOPs",
-}  # settings, and what people call them
-
+}
+_ROUNDING = 1e-9
 ACTUAL = {"rw": "rw_actual", "luts": "luts_actual"}  # metrics that are not called like the setting
 
 
@@ -32,9 +32,13 @@ def bounds_in(values: Mapping[str, Any], suffix: str = "") -> dict[str, float]:
 
 def missed(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The bounds that a run's network exceeds: what it costs, by the name of their setting."""
-    targets = bounds_in(metrics, "_target")
-    actual = {name: metrics[ACTUAL.get(name, name)] for name in targets}
-    return {name: actual[name] for name, most in targets.items() if (actual[name] - most) * (-1) ** (name == "rw") > 0}
+    found = {}
+    for name, bound in bounds_in(metrics, "_target").items():
+        actual = metrics[ACTUAL.get(name, name)]
+        share = bound / actual if name == "rw" else actual / bound
+        if share > 1 + _ROUNDING:
+            found[name] = actual
+    return found
 
 
 def labelled(bounds: Mapping[str, float]) -> str:
