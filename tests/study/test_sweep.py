@@ -132,7 +132,7 @@ def test_interrupted_sweep_says_so_and_leaves_no_process(digits_file, own_model,
     wait_until(lambda: "running" in stage_states(folder).values(), process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, said = process.communicate(timeout=300)  # its end comes when the last process has closed its standard error
-    assert process.returncode == 130
+    assert process.returncode == 130, said.decode()
     assert said.decode().strip() == "hmq-fpga: interrupted; the same command goes on where it stopped"
     assert {row["state"] for row in table.rows(folder)} <= {"open", "failed"}
 
