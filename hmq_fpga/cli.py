@@ -356,6 +356,7 @@ def _print(result: Mapping[str, Any] | list[Any] | None, as_json: bool, text: Ca
 
 def main() -> None:
     """Run the command line and exit."""
+    sys.unraisablehook = interrupt.lost
     signal.signal(signal.SIGTERM, interrupt.stop)  # a tool that was started ends with us
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores it
         signal.signal(signal.SIGINT, interrupt.stop)

@@ -6,8 +6,10 @@ Python raises it between any two instructions of the main thread. Within a callb
 
 from __future__ import annotations
 
+import sys
 import threading
 from types import FrameType
+from typing import Any
 
 asked = threading.Event()
 
@@ -16,6 +18,15 @@ def stop(_number: int, _frame: FrameType | None) -> None:
     """Stop the run: a handler of signals."""
     asked.set()
     raise KeyboardInterrupt
+
+
+def lost(unraisable: Any) -> None:
+    """Say nothing of an exception of `stop` that ended in a callback, as `check` finds its mark.
+
+    A `sys.unraisablehook`.
+    """
+    if not (asked.is_set() and isinstance(unraisable.exc_value, KeyboardInterrupt)):
+        sys.__unraisablehook__(unraisable)
 
 
 def check() -> None:

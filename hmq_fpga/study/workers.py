@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor
@@ -156,6 +157,7 @@ def _signals_kept_back() -> Iterator[None]:
 
 def _begin() -> None:
     """Prepare a process: a request to stop ends its run, and so does the end of its parent."""
+    sys.unraisablehook = interrupt.lost
     for number in _STOPPING:
         signal.signal(number, _stop)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)

@@ -1,11 +1,13 @@
 """A sweep on real data: undisturbed, killed, and on a cluster that loses a worker; always the same table."""
 
 import csv
+import ctypes
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ import pytest
 
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.network import QNet
+from hmq_fpga.study import interrupt
 from hmq_fpga.study.run.config import missed
 from hmq_fpga.study.run.diff import diff
 from hmq_fpga.study.sweep import table
@@ -122,6 +125,26 @@ def test_killed_sweep_gives_the_same_table(undisturbed, digits_file, own_model, 
     assert (done.returncode, done.stderr) == (1, "")
     assert digests(folder) == digests(undisturbed[0])
     assert (folder / RUNS[0] / "search.pt").stat().st_mtime_ns == before
+
+
+def test_a_request_that_a_callback_loses_is_not_told_about(monkeypatch, capsys):
+    asked = threading.Event()
+    monkeypatch.setattr(interrupt, "asked", asked)
+    monkeypatch.setattr(sys, "unraisablehook", interrupt.lost)
+
+    def told(error):
+        def fail(_a, _b):
+            raise error
+
+        numbers = (ctypes.c_int * 2)(2, 1)
+        compare = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(fail)
+        ctypes.CDLL(None).qsort(numbers, 2, ctypes.sizeof(ctypes.c_int), compare)
+        return capsys.readouterr().err
+
+    assert "KeyboardInterrupt" in told(KeyboardInterrupt)
+    asked.set()
+    assert told(KeyboardInterrupt) == ""
+    assert "ValueError" in told(ValueError)
 
 
 def test_interrupted_sweep_says_so_and_leaves_no_process(digits_file, own_model, tmp_path):
