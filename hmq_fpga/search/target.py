@@ -122,9 +122,9 @@ class Target:
                 raise InvalidInput(f"tensor_bits: no tensor is called {pattern!r}; there are {', '.join(names)}")
         self.activation_bits(model)
         choices = self.choices(model)
-        narrowest, widest = ({name: bits[end] for name, bits in choices.items()} for end in (0, -1))
+        narrowest = {name: bits[0] for name, bits in choices.items()}
         for bound in self.bounds(model):
-            least, most = bound.reached(widest), bound.reached(narrowest)
+            least, most = self.reach(model, bound)
             if bound.name == RATE and not least <= bound.rate <= most:
                 raise InvalidInput(
                     f"R_w = {bound.rate:g} cannot be reached with the bit-widths that tensor_bits allows: "
@@ -136,6 +136,12 @@ class Target:
                     f"{math.ceil(bound.cost(narrowest)):,}"
                 )
 
+    def reach(self, model: QModel, bound: Bound) -> tuple[float, float]:
+        """The least and the largest factor that the widest and the narrowest weights reach, see `Bound.reached`."""
+        choices = self.choices(model)
+        widest, narrowest = ({name: bits[end] for name, bits in choices.items()} for end in (-1, 0))
+        return bound.reached(widest), bound.reached(narrowest)
+
     def bounds(self, model: QModel, formats: Mapping[str, Fixed] | None = None) -> tuple[Bound, ...]:
         """What the bit-widths of the weights of `model` may cost.
 
@@ -145,10 +151,9 @@ class Target:
                 for bit operations: a layer that reads a sum reads as many bits as the formats of its terms make it.
         """
         sizes = {site.name: float(site.size) for site in weight_sites(model)}
-        float_bits = FLOAT_BITS * sum(sizes.values())
         bounds = []
         if self.weight_rate is not None:
-            bounds.append(Bound(name=RATE, prices=sizes, most=float_bits / self.weight_rate))
+            bounds.append(rate_bound(model, self.weight_rate))
         if self.weight_bits is not None:
             bounds.append(Bound(name="weight bits", prices=sizes, most=self.weight_bits))
         if self.bops is not None:
@@ -209,6 +214,12 @@ def activation_sites(model: QModel) -> list[Site]:
 def weight_sites(model: QModel) -> list[Site]:
     """All weights."""
     return [site for site in model.sites if site.kind == "weight"]
+
+
+def rate_bound(model: QModel, weight_rate: float) -> Bound:
+    """R_w as a bound: every bit of every element has the same price."""
+    sizes = {site.name: float(site.size) for site in weight_sites(model)}
+    return Bound(name=RATE, prices=sizes, most=FLOAT_BITS * sum(sizes.values()) / weight_rate)
 
 
 def bops_of_a_bit(model: QModel, activations: Mapping[str, Fixed | int]) -> dict[str, float]:

@@ -74,6 +74,10 @@ def test_a_search_under_a_bound_on_logic_starts_where_there_is_something_to_prun
     model = instrument(mlp, digits.input_shape, input_signed=False)
     started = start(model, Target(luts=most))
     assert (started.weight_rate, started.max_activation_bits, started.luts) == (rate, bits, most)
+    assert start(model, Target(luts=most, bits=(4, 8))).weight_rate == min(rate, 8)
+    wide = start(model, Target(luts=most, tensor_bits={"linear_0.weight": (6, 8)}))
+    assert wide.weight_rate == pytest.approx(min(rate, 32 * 2720 / (2048 * 6 + 672 * 2)))
+    wide.check(model)
     own = Target(luts=most, weight_rate=8)
     assert start(model, own) is own
 
