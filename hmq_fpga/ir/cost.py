@@ -116,11 +116,6 @@ class LayerCost:
     ebops: int
 
 
-def bops(net: QNet, scheme: Scheme | None = None) -> int:
-    """Bit operations of all linear ops; of a `scheme` see `layer_costs`."""
-    return sum(layer.bops for layer in layer_costs(net, scheme))
-
-
 def ebops(net: QNet) -> int:
     """Effective bit operations of all linear ops; see `LayerCost`."""
     return sum(layer.ebops for layer in layer_costs(net))

@@ -68,6 +68,10 @@ class Fixed:
         """The format of another width, with the same threshold and sign."""
         return Fixed(signed=self.signed, width=width, frac=self.frac + width - self.width)
 
+    def with_threshold(self, threshold_log2: int) -> Fixed:
+        """The format of another threshold, with the same width and sign."""
+        return Fixed.from_threshold(signed=self.signed, bits=self.width, threshold_log2=threshold_log2)
+
     @property
     def step(self) -> float:
         """Distance of two neighbouring values, `2**-frac`."""

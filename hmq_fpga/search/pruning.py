@@ -40,7 +40,7 @@ def widen_thresholds(model: QModel, scheme: Scheme, zeros: float) -> Scheme:
 
     def widened(tensor: SchemeTensor) -> SchemeTensor:
         found, weight = tensor.format, weights[tensor.name]
-        wider = [Fixed(found.signed, found.width, found.frac - k) for k in range(WIDER + 1)]
+        wider = [found.with_threshold(found.threshold_log2 + k) for k in range(WIDER + 1)]
         nearest = min(wider, key=lambda f: abs(share_of_zeros(weight, f, tensor.widths) - zeros))
         return replace(tensor, format=nearest)
 

@@ -312,8 +312,7 @@ def fit(
         loss = task.loss(returned, y, scores)
         if distillation:
             loss = distillation.mixed(loss, x, scores, task)
-        rate = (1 + math.cos(math.pi * (step - 1) / steps)) / 2
-        optimizer.step(loss, rate)
+        optimizer.step(loss, falling(step - 1, steps))
         if shaping:
             shaping(step, steps)
         if step % every == 0 or step == steps:
@@ -323,6 +322,11 @@ def fit(
     optimizer.release()
     model.eval()
     return recorder.history
+
+
+def falling(step: int, steps: int) -> float:
+    """Share of the learning rate before `step` of `steps`: a cosine from one to zero."""
+    return (1 + math.cos(math.pi * step / max(steps, 1))) / 2
 
 
 def finetune(

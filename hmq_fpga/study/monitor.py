@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from hmq_fpga.study import interrupt
-from hmq_fpga.study.run.config import ACTUAL, BOUNDS, bounds_in
+from hmq_fpga.study.run.config import BOUNDS, bounds_in, missed, reached
 
 if TYPE_CHECKING:
     from hmq_fpga.search.train import Listener
@@ -154,9 +154,8 @@ def summary(folder: Path, record: Mapping[str, Any]) -> Table:
     bounds = bounds_in(config)
     grid.add_row("R_w", f"{metrics['rw_actual']:.2f}" + (f" (asked {rw:g})" if (rw := bounds.pop("rw", None)) else ""))
     for name, most in bounds.items():
-        actual = metrics[ACTUAL.get(name, name)]
-        exceeded = "[red]more than the[/] " if actual > most else "at most "
-        grid.add_row(BOUNDS[name], f"{actual:,.0f} ({exceeded}{most:,.0f})")
+        exceeded = "[red]more than the[/] " if name in missed(metrics) else "at most "
+        grid.add_row(BOUNDS[name], f"{reached(metrics, name):,.0f} ({exceeded}{most:,.0f})")
     grid.add_row("R_a", f"{metrics['ra_actual']:.2f} (asked {config['ra']:g})")
     if metrics["qnet_accuracy"] is None:
         grid.add_row("squared error", f"{metrics['qnet_mse']:.5g} on the test split (float {metrics['float_mse']:.5g})")

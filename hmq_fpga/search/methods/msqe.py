@@ -20,7 +20,7 @@ from hmq_fpga.ir.scheme import Scheme
 from hmq_fpga.search.calibrate import scheme_of
 from hmq_fpga.search.graph import QModel
 from hmq_fpga.search.methods.training import train_through
-from hmq_fpga.search.methods.widths import Widths, initial_formats, with_threshold
+from hmq_fpga.search.methods.widths import Widths, initial_formats
 from hmq_fpga.search.quantizers import THRESHOLDS, Grid, fake_quantize, least_threshold_log2
 from hmq_fpga.search.target import Target
 from hmq_fpga.search.train import Budget, History, Listener, Task, finished
@@ -120,7 +120,7 @@ class Follower:
         is_better = errors[best] < (1 - self._options.margin) * errors[self.format.threshold_log2]
         self._better_for = self._better_for + 1 if is_better else 0
         if self._better_for >= self._options.patience:
-            self.format, self._better_for = with_threshold(self.format, best), 0
+            self.format, self._better_for = self.format.with_threshold(best), 0
 
     def _importance(self, weight: Tensor) -> Tensor | None:
         if self._options.robust == "outliers":
@@ -151,7 +151,7 @@ def squared_errors(weight: Tensor, format_: Fixed, importance: Tensor | None = N
     top = least_threshold_log2(float((weight * (importance > 0)).abs().max())) + 1
 
     def error(threshold_log2: int) -> float:
-        quantized = fake_quantize(weight, Grid.of(with_threshold(format_, threshold_log2)))
+        quantized = fake_quantize(weight, Grid.of(format_.with_threshold(threshold_log2)))
         return float(((quantized - weight).square() * importance).sum())
 
     thresholds: Iterable[int] = {*range(top, top - THRESHOLDS - 2, -1), format_.threshold_log2}

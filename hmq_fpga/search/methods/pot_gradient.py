@@ -22,7 +22,7 @@ from hmq_fpga.search.calibrate import scheme_of
 from hmq_fpga.search.graph import QModel
 from hmq_fpga.search.layers import Activation
 from hmq_fpga.search.methods.training import train_through
-from hmq_fpga.search.methods.widths import Widths, initial_formats, with_threshold
+from hmq_fpga.search.methods.widths import Widths, initial_formats
 from hmq_fpga.search.quantizers import Grid, TrainedGrid
 from hmq_fpga.search.target import Target
 from hmq_fpga.search.train import Budget, History, Listener, Task
@@ -111,7 +111,7 @@ class Thresholds(nn.Module):
         most = [float((limits or {}).get(name, math.inf)) for name in formats]
         self.log2 = nn.Parameter(powers - 0.5)
         state = {
-            "unit": torch.tensor([Grid.of(with_threshold(f, 0)) for f in formats.values()]),
+            "unit": torch.tensor([Grid.of(f.with_threshold(0)) for f in formats.values()]),
             "most": torch.tensor(most),
             "mean": powers - 0.5,
             "stays": torch.full_like(powers, math.nan),
@@ -147,7 +147,7 @@ class Thresholds(nn.Module):
     def formats(self) -> dict[str, Fixed]:
         """The present formats by name."""
         powers = zip(self._formats.items(), self._powers().tolist(), strict=True)
-        return {name: with_threshold(f, int(power)) for (name, f), power in powers}
+        return {name: f.with_threshold(int(power)) for (name, f), power in powers}
 
     def _powers(self) -> Tensor:
         return torch.where(self.stays.isnan(), self.log2.detach().ceil(), self.stays)

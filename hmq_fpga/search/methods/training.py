@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from hmq_fpga.search.graph import QModel
 from hmq_fpga.search.optimizer import RAdam
 from hmq_fpga.search.quantizers import Grid, TrainedGrid
-from hmq_fpga.search.train import Budget, History, Listener, Recorder, Task, batches, finished, finite
+from hmq_fpga.search.train import Budget, History, Listener, Recorder, Task, batches, falling, finished, finite
 
 _NEWS = 150  # how often listeners hear
 
@@ -40,19 +40,15 @@ def train_through(
         listener: hears of the progress.
     """
     steps = budget.search_steps
-
-    def share(step: int) -> float:
-        return (1 + math.cos(math.pi * step / max(steps, 1))) / 2
-
     optimizer = RAdam((model.parameters(), budget.learning_rate))
-    schedules = [LambdaLR(other, share) for other in others]
+    schedules = [LambdaLR(other, partial(falling, steps=steps)) for other in others]
     recorder = Recorder(listener)
     every = max(steps // _NEWS, 1)
     model.train()
     for step, (x, y) in enumerate(batches(task, steps, torch.Generator().manual_seed(seed))):
         returned, scores = finished(model, model(x, grids(step, x, y)))
         loss = task.loss(returned, y, scores)
-        optimizer.step(loss, share(step))
+        optimizer.step(loss, falling(step, steps))
         for other, schedule in zip(others, schedules, strict=True):
             other.step()
             other.zero_grad()

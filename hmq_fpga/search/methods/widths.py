@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -89,8 +88,3 @@ def initial_formats(model: QModel, task: Task, target: Target, widths: Widths) -
     widest = {name: formats[max(formats)] for name, formats in candidates.items()}
     costs = rises(model, task, {**activations, **widest}, candidates)
     return {**activations, **cheapest(candidates, costs, target.bounds(model, activations))}
-
-
-def with_threshold(format_: Fixed, threshold_log2: int) -> Fixed:
-    """A format of the same sign and bit-width."""
-    return replace(format_, frac=format_.frac + format_.threshold_log2 - threshold_log2)

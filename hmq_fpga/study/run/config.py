@@ -22,7 +22,7 @@ BOUNDS = {  # settings, and what people call them
     "ebops": "EBOPs",
 }
 _ROUNDING = 1e-9
-ACTUAL = {"rw": "rw_actual", "luts": "luts_actual"}  # metrics that are not called like the setting
+_REACHED = {"rw": "rw_actual", "luts": "luts_actual"}  # metrics that are not called like the setting
 
 
 def bounds_in(values: Mapping[str, Any], suffix: str = "") -> dict[str, float]:
@@ -30,11 +30,17 @@ def bounds_in(values: Mapping[str, Any], suffix: str = "") -> dict[str, float]:
     return {name: value for name in BOUNDS if (value := values.get(name + suffix)) is not None}
 
 
+def reached(metrics: Mapping[str, Any], name: str) -> float:
+    """What a run's network has of a bound, by the name of its setting."""
+    value: float = metrics[_REACHED.get(name, name)]
+    return value
+
+
 def missed(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The bounds that a run's network exceeds: what it costs, by the name of their setting."""
     found = {}
     for name, bound in bounds_in(metrics, "_target").items():
-        actual = metrics[ACTUAL.get(name, name)]
+        actual = reached(metrics, name)
         share = bound / actual if name == "rw" else actual / bound
         if share > 1 + _ROUNDING:
             found[name] = actual

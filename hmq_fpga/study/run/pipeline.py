@@ -407,8 +407,8 @@ class _Run:
             "macs": sum(layer.macs for layer in layers),
             "weight_bits": sum(layer.weight_bits for layer in layers),
             "bias_bits": sum(layer.bias_bits for layer in layers),
-            "bops": cost.bops(net, model.scheme),
-            "ebops": cost.ebops(net),
+            "bops": sum(layer.bops for layer in layers),
+            "ebops": sum(layer.ebops for layer in layers),
             "zero_weights": float(np.mean(np.concatenate([op.weight.ravel() for op in net.linears]) == 0)),
         }
 
