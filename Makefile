@@ -6,13 +6,15 @@ CORE := .venv-core/bin
 CXX_PROGRAM = $(or $(HMQ_FPGA_GXX),g++)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test test-core lint format clean compiler simulator browser environment environment-core
+.PHONY: help demo docs bench results test test-core lint format clean compiler simulator browser environment environment-core
 
 help:
 	@echo "make demo    train, quantize, convert and verify a small network; ends with a report page"
 	@echo "make test    all checks and all tests"
 	@echo "make test-core   all tests but QKeras's, in an environment with no TensorFlow and the newest numpy"
-	@echo "make bench   cost of training steps, of a whole run's stages, and by number of parameters; half an hour"
+	@echo "make bench   figures of time and memory: training steps, a run's stages, size of the network; an hour"
+	@echo "make docs    the documentation, in build/docs, with warnings as errors"
+	@echo "make results all figures of README and docs again, but for rows that are stored; many hours, goes on where it stopped"
 	@echo "make lint    format, style, types and borders between the folders"
 	@echo "make format  mend format and style where a program can"
 	@echo "make clean   remove the environment and all caches; results in hls_projects/ stay"
@@ -21,7 +23,7 @@ demo: compiler environment
 	$(BIN)/hmq-fpga run digits_mlp --rw 8
 
 # A file's tests stay in one process, since they share what they compile.
-test: compiler simulator browser lint
+test: compiler simulator browser lint docs
 	$(BIN)/pytest -n 2 --dist loadfile
 	rm -rf notebooks/hls_projects
 	HMQ_FPGA_STEPS_SHARE=0.2 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --nbmake notebooks
@@ -29,14 +31,28 @@ test: compiler simulator browser lint
 test-core: compiler simulator browser environment-core
 	HMQ_FPGA_CORE=1 $(CORE)/pytest -n 2 --dist loadfile
 
+# Each keeps its rows in benchmarks/*.json, and measures only those that are missing: without a file, all of it.
 bench: compiler environment
-	mkdir -p build
-	$(BIN)/python benchmarks/step_time.py --json > build/step_time.json
-	$(BIN)/python benchmarks/step_time.py --table build/step_time.json
-	$(BIN)/python benchmarks/authors_step.py mlp_b64
-	$(BIN)/python benchmarks/authors_step.py cnn_b128
+	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/authors_step.py
 	$(BIN)/python benchmarks/stages.py
-	$(BIN)/python benchmarks/scaling.py --rows build/scaling.json
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/imagenet.py
+
+results: bench
+	$(BIN)/python benchmarks/promise.py digits_mlp digits_cnn --seeds 5 --exact
+	$(BIN)/python benchmarks/results.py --seeds 5
+	$(BIN)/python benchmarks/estimates.py build/results/digits_tiny_cnn build/results/magic_mlp build/results/pendigits_mlp
+	$(BIN)/python benchmarks/frontier.py pendigits_shallow --luts 4000 2600 1700 --no-yosys
+	$(BIN)/python benchmarks/frontier.py mnist14_mlp --luts 6000 --seeds 5 --no-yosys
+	$(BIN)/python benchmarks/methods.py pendigits_mlp letter_mlp --rates 6 8 10 12 14 --seeds 5
+	$(BIN)/python benchmarks/options.py pendigits_mlp letter_mlp --seeds 5
+	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/clock.py
+	$(BIN)/python -m tests.documentation
+
+docs: environment
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -f docs/mkdocs.yml
 
 lint: environment
 	$(BIN)/ruff check

@@ -1,6 +1,8 @@
 """HMQ's search step as the authors compute it, against the package's, taking turns in one process.
 
-    python benchmarks/authors_step.py mlp_b64
+    python benchmarks/authors_step.py
+
+Rows are kept in `speed.json`, and cases already there are not measured again.
 
 Their arithmetic, not their code: one Gumbel-softmax for every tensor, with noise for every sample of an activation and
 every input channel of a weight, and plain operations that autograd differentiates, with float masks. In phase two
@@ -10,13 +12,13 @@ they compute the softmax again. BatchNorm stays a float layer in training mode; 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from step_time import CASES, WARM_UP, Bench
+from common import Row, fill
+from step_time import AUTHORS, CASES, HERE, ROWS, WARM_UP, Bench, page
 from torch import Tensor, nn
 
 from hmq_fpga.search.optimizer import BETAS
@@ -24,6 +26,7 @@ from hmq_fpga.search.train import Task
 
 THRESHOLDS = 8
 WIDTHS = tuple(range(1, 9))
+COMPARED = ("mlp_b64", "cnn_b128")
 
 
 class Block(nn.Module):
@@ -113,29 +116,34 @@ def authors_loop(model: Model, task: Task, temperature: float | None) -> None:
             optimizer.step()
 
 
-def main() -> None:
-    """Print ratios, theirs to ours, as JSON: median and quartiles over the turns."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("case", choices=("mlp_b64", "mlp_b1024", "cnn_b128"))
-    parser.add_argument("--turns", type=int, default=9)
-    parser.add_argument("--threads", type=int, help="of PyTorch [the case's]")
-    arguments = parser.parse_args()
-    case = CASES[arguments.case]
-    torch.set_num_threads(arguments.threads or case.threads)
-    bench = Bench(case)
-    model, ours = Model(case.build()), bench.loops()
+def _measure(*, case: str, against: str) -> Row:  # noqa: ARG001
+    torch.set_num_threads(1)
+    network = CASES[case]
+    bench = Bench(network)
+    model, ours = Model(network.build()), bench.loops()
     theirs: dict[str, Callable[[Task], None]] = {
         "search": lambda task: authors_loop(model, task, 1.0),
         "finetune": lambda task: authors_loop(model, task, None),
     }
-    steps = WARM_UP + case.block
+    steps = WARM_UP + network.block
     ratios: dict[str, list[float]] = {"search": [], "finetune": []}
-    for _ in range(arguments.turns):
+    for _ in range(network.turns):
         for name, values in ratios.items():
             values.append(bench.block(theirs[name], steps) / bench.block(ours[name], steps))
-    result = {name: [round(v, 2) for v in statistics.quantiles(values, n=4)] for name, values in ratios.items()}
-    order = ("lower quartile", "median", "upper quartile")
-    print(json.dumps({n: dict(zip(order, v, strict=True)) for n, v in result.items()}, indent=1))  # noqa: T201
+    row: Row = {"threads": 1, "turns": network.turns}
+    for name, values in ratios.items():
+        low, median, high = (round(v, 2) for v in statistics.quantiles(values, n=4))
+        row |= {name: median, f"{name}_quartiles": [low, high]}
+    return row
+
+
+def main() -> None:
+    """Measure what is missing, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", choices=COMPARED, nargs="+", default=list(COMPARED), help="some of them [all]")
+    arguments = parser.parse_args()
+    rows = fill(ROWS, ({"case": name, "against": AUTHORS} for name in arguments.case), _measure)
+    (HERE / "speed.md").write_text(page(rows))
 
 
 if __name__ == "__main__":

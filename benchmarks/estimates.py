@@ -1,7 +1,7 @@
 """How far the estimates without synthesis are from Yosys, on the trained networks of finished sweeps.
 
-    hmq-fpga sweep pendigits_mlp --rw 4 6 8 10 12 14 15.5 --seeds 0 1 2 --out build/estimates/pendigits_mlp
-    python benchmarks/estimates.py build/estimates/*
+    python benchmarks/results.py digits_tiny_cnn magic_mlp pendigits_mlp
+    python benchmarks/estimates.py build/results/digits_tiny_cnn build/results/magic_mlp build/results/pendigits_mlp
 
 Every run with Verilog is synthesized by Yosys unless it was. The formula (`model`) was fitted to networks of seed 0,
 so only the others test it.
@@ -34,7 +34,7 @@ def main() -> None:
     rows = [_row(folder) for folder in folders]
     here = Path(__file__).parent
     (here / "estimates.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (here / "estimates.md").write_text(_errors(rows) + "\n" + _designs(rows))
+    (here / "estimates.md").write_text(page(rows))
 
 
 def _row(folder: Path) -> dict[str, Any]:
@@ -62,9 +62,19 @@ def _row(folder: Path) -> dict[str, Any]:
     }
 
 
+def page(rows: list[dict[str, Any]]) -> str:
+    """Errors of the estimates, and the designs."""
+    return _errors(rows) + "\n" + _designs(rows)
+
+
 def _errors(rows: list[dict[str, Any]]) -> str:
     tasks = sorted({row["task"] for row in rows})
+    folders = " ".join(f"build/results/{task}" for task in tasks)
+    seeds = len({row["seed"] for row in rows})
     lines = [
+        f"Made by `python benchmarks/estimates.py {folders}`;",
+        f"{seeds} seeds of training; two cores of x86-64.",
+        "",
         f"{len(rows)} designs, {min(r['yosys'] for r in rows):,} to {max(r['yosys'] for r in rows):,} Yosys LUT; "
         f"{rows[0]['tools']}. R² is of the logarithms.",
         "",

@@ -2,7 +2,7 @@
 
     python benchmarks/promise.py digits_mlp digits_cnn --seeds 5 --exact
 
-Rows are appended to a JSON-lines file; those already there are not repeated. `--exact` also builds the QKeras model and
+Rows are kept in `promise.json`; those already there are not repeated. `--exact` also builds the QKeras model and
 the hls4ml project of every network, in both io types, and compares every logit of the test split, as it is and scaled
 by 8, with the golden model.
 """
@@ -10,25 +10,28 @@ by 8, with the golden model.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from common import Row, baseline, fill, keep
 
 from hmq_fpga.ir import cost, reference
 from hmq_fpga.search.freeze import freeze
 from hmq_fpga.search.methods import find_scheme
 from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.target import Target
-from hmq_fpga.search.train import finetune, fit
+from hmq_fpga.search.train import finetune
 from hmq_fpga.study.data import channels_last
-from hmq_fpga.study.tasks import TASKS, training_task
+from hmq_fpga.study.tasks import TASKS
 
-RATES = (4, 6, 8, 10, 12, 14, 15.5)
+RATES = (4, 8, 12, 15.5)
 IO_TYPES = ("io_parallel", "io_stream")
+HERE = Path(__file__).parent
+ROWS = HERE / "promise.json"
 
 
 def main() -> None:
@@ -42,81 +45,58 @@ def main() -> None:
     parser.add_argument("--nets", type=Path, default=Path("build/promise"), help="where the networks are kept")
     arguments = parser.parse_args()
     arguments.nets.mkdir(parents=True, exist_ok=True)
-    rows_file = arguments.nets / "rows.jsonl"
-    rows = [json.loads(line) for line in rows_file.read_text().splitlines()] if rows_file.exists() else []
-    known = {(r["task"], r["method"], r["rw"], r["seed"]): r for r in rows}
-    for task in arguments.tasks:
-        for seed in range(arguments.seeds):
-            wanted = [rw for rw in arguments.rates if (task, arguments.method, rw, seed) not in known]
-            for row in _train(task, arguments.method, wanted, seed, arguments.nets):
-                known[task, arguments.method, row["rw"], seed] = row
-                with rows_file.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-    exact_file = arguments.nets / "exact.jsonl"
+    wanted = (
+        {"task": task, "method": arguments.method, "rw": rw, "seed": seed}
+        for task, seed, rw in product(arguments.tasks, range(arguments.seeds), arguments.rates)
+    )
+    rows = fill(ROWS, wanted, partial(_measure, nets=arguments.nets))
     if arguments.exact:
-        _check(known, arguments, exact_file)
-    exact = [json.loads(line) for line in exact_file.read_text().splitlines()] if exact_file.exists() else []
-    here = Path(__file__).parent
-    (here / "promise.md").write_text(_table(list(known.values()), exact))
-    _draw(list(known.values()), here / "promise.svg")
+        _check(rows, arguments)
+    (HERE / "promise.md").write_text(page(rows))
+    _draw(rows, HERE / "promise.svg")
 
 
 def _net_folder(nets: Path, task: str, method: str, rw: float, seed: int) -> Path:
     return nets / f"{task}-{method}-rw{rw:g}-seed{seed}"
 
 
-def _train(name: str, method: str, rates: list[float], seed: int, nets: Path) -> Any:
-    """The rows of one task and seed; the float baseline is shared."""
-    if not rates:
-        return
-    task = TASKS[name]
-    dataset = task.load(None)
-    training, budget = training_task(dataset, task.batch_size), task.budget
-    torch.manual_seed(seed)
-    model = task.build()
-    fit(model, training, steps=budget.float_steps, learning_rate=budget.float_learning_rate, seed=seed)
-    with torch.no_grad():
-        outputs = torch.cat([model(x) for x in torch.from_numpy(dataset.x_test).split(1024)]).numpy()
-    float_accuracy = float(np.mean(outputs.argmax(1) == dataset.y_test))
-    for rw in rates:
-        quantized = instrument(model, training.input_shape, input_signed=training.input_signed)
-        quantized, scheme, _ = find_scheme(
-            quantized, training, budget, Target(weight_rate=rw), method=method, seed=seed
-        )
-        finetune(quantized, training, steps=budget.finetune_steps, learning_rate=budget.learning_rate, seed=seed)
-        net = freeze(quantized)
-        net.save(_net_folder(nets, name, method, rw, seed))
-        codes = reference.run(net, channels_last(dataset.x_test))
-        yield {
-            "task": name,
-            "method": method,
-            "rw": rw,
-            "seed": seed,
-            "actual": cost.weight_rate(scheme),
-            "repaired": bool(scheme.found_by.get("repaired")),
-            "float": float_accuracy,
-            "accuracy": float(np.mean(codes.argmax(1) == dataset.y_test)),
-            "bits": [t.format.width for t in scheme.of_kind("weight")],
-        }
+def _measure(*, task: str, method: str, rw: float, seed: int, nets: Path) -> Row:
+    model, float_accuracy, dataset, training, budget = baseline(task, seed, TASKS[task].label_smoothing)
+    quantized = instrument(model, training.input_shape, input_signed=training.input_signed)
+    quantized, scheme, _ = find_scheme(quantized, training, budget, Target(weight_rate=rw), method=method, seed=seed)
+    finetune(quantized, training, steps=budget.finetune_steps, learning_rate=budget.learning_rate, seed=seed)
+    net = freeze(quantized)
+    net.save(_net_folder(nets, task, method, rw, seed))
+    codes = reference.run(net, channels_last(dataset.x_test))
+    return {
+        "actual": cost.weight_rate(scheme),
+        "repaired": bool(scheme.found_by.get("repaired")),
+        "float": float_accuracy,
+        "accuracy": float(np.mean(codes.argmax(1) == dataset.y_test)),
+        "bits": [t.format.width for t in scheme.of_kind("weight")],
+    }
 
 
-def _check(rows: dict[Any, dict[str, Any]], arguments: argparse.Namespace, done_file: Path) -> None:
+def _check(rows: list[Row], arguments: argparse.Namespace) -> None:
     """Parity of every network, in both io types, on the test split and on the test split times 8."""
     from hmq_fpga.deploy.hls.project import HlsProject
     from hmq_fpga.deploy.parity import check
     from hmq_fpga.deploy.qkeras.model import QKerasSimulator
     from hmq_fpga.ir.network import QNet
 
-    done = {json.loads(line)["digest"] for line in done_file.read_text().splitlines()} if done_file.exists() else set()
-    for (task, method, rw, seed), _ in sorted(rows.items()):
-        net = QNet.load(_net_folder(arguments.nets, task, method, rw, seed))
-        if task not in arguments.tasks or net.digest in done:
+    for row in sorted(rows, key=lambda row: row["seed"]):
+        task, method, rw, seed = (row[name] for name in ("task", "method", "rw", "seed"))
+        if task not in arguments.tasks or "mismatches" in row:
             continue
+        folder = _net_folder(arguments.nets, task, method, rw, seed)
+        if not folder.exists():
+            _measure(task=task, method=method, rw=rw, seed=seed, nets=arguments.nets)
+        net = QNet.load(folder)
         x = channels_last(TASKS[task].load(None).x_test)
         simulators: list[Any] = [QKerasSimulator(net)]
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as scratch:
             for io_type in IO_TYPES:
-                project = HlsProject.create(net, Path(folder) / io_type, io_type=io_type)
+                project = HlsProject.create(net, Path(scratch) / io_type, io_type=io_type)
                 project.compile()
                 simulators.append(project)
             counts: dict[str, list[int]] = {}
@@ -124,14 +104,19 @@ def _check(rows: dict[Any, dict[str, Any]], arguments: argparse.Namespace, done_
                 for scale in (1, 8):
                     (result,) = check(net, [simulator], x * np.float32(scale), None).simulators.values()
                     counts[f"{label} x{scale}"] = [result.mismatches, result.values]
-        with done_file.open("a") as file:
-            row = {"task": task, "method": method, "rw": rw, "seed": seed, "digest": net.digest}
-            file.write(json.dumps(row | {"mismatches": counts}) + "\n")
+        row |= {"digest": net.digest, "mismatches": counts}
+        keep(ROWS, rows)
 
 
-def _table(rows: list[dict[str, Any]], exact: list[dict[str, Any]]) -> str:
+def page(rows: list[dict[str, Any]]) -> str:
     """Mean and spread over seeds, and how many logits differ in QKeras and both C simulations."""
+    seeds = len({row["seed"] for row in rows})
+    tasks = " ".join(sorted({row["task"] for row in rows}, reverse=True))
     lines = [
+        f"Mean and standard deviation over {seeds} seeds, test split. Logits are those of QKeras and of both io types'",
+        "C simulation, on the test split and on 8 times its inputs. Made by",
+        f"`python benchmarks/promise.py {tasks} --seeds {seeds} --exact`; two cores of x86-64.",
+        "",
         "| task | method | R_w | actual, all seeds | repaired | float % | QNet % | difference | logits that differ |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -139,8 +124,11 @@ def _table(rows: list[dict[str, Any]], exact: list[dict[str, Any]]) -> str:
         group = [r for r in rows if (r["task"], r["method"], r["rw"]) == key]
         actual = [r["actual"] for r in group]
         before, after = (np.array([r[name] for r in group]) * 100 for name in ("float", "accuracy"))
-        counts = [c for e in exact if (e["task"], e["method"], e["rw"]) == key for c in e["mismatches"].values()]
-        compared = f"{sum(m for m, _ in counts)} of {sum(n for _, n in counts):,}" if counts else "not compared"
+        checked = [r["mismatches"].values() for r in group if "mismatches" in r]
+        counts = [c for row in checked for c in row]
+        compared = f"{sum(m for m, _ in counts)} of {sum(n for _, n in counts):,}"
+        if len(checked) < len(group):
+            compared += f", {len(checked)} of {len(group)} seeds"
         lines.append(
             f"| {key[0]} | {key[1]} | {key[2]:g} | {min(actual):.2f} … {max(actual):.2f} "
             f"| {sum(r['repaired'] for r in group)} of {len(group)} | {before.mean():.2f} | {after.mean():.2f} "

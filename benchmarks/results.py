@@ -1,7 +1,9 @@
-"""What finished sweeps found, as one table: accuracy and parity by task, R_a and R_w.
+"""Sweeps of the tasks, as one table: accuracy and parity by task and R_w.
 
-hmq-fpga sweep magic_mlp --rw 4 8 12 15 --ra 4 8 --seeds 0 1 2 --estimate model --out build/results/magic_mlp
-python benchmarks/results.py build/results/*
+    python benchmarks/results.py magic_mlp pendigits_mlp --seeds 5
+
+A sweep that was interrupted goes on where it stopped, and one that is done is not repeated. Rows of other tasks, seeds
+and targets stay.
 """
 
 from __future__ import annotations
@@ -9,27 +11,76 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-Key = tuple[str, float, float]  # task, R_a, R_w
+from hmq_fpga.deploy.settings import Estimate
+from hmq_fpga.study.sweep.grid import SweepConfig, sweep
+
+Key = tuple[str, float]  # task, R_w
+HERE = Path(__file__).parent
+ROWS = HERE / "results.json"
+RA = 4.0
+IDENTITY = ("task", "ra", "rw", "seed")
+
+
+class Grid(NamedTuple):
+    """What a task is swept over."""
+
+    rw: Sequence[float] = (8, 12)
+    estimate: Estimate = "model"
+
+
+GRIDS = {
+    "pendigits_mlp": Grid(estimate="trace"),
+    "letter_mlp": Grid(),
+    "magic_mlp": Grid(estimate="trace"),
+    "digits_tiny_cnn": Grid(estimate="trace"),
+    "conv1d_fsdd": Grid(),
+    "tanh_policy": Grid(rw=(8,), estimate="trace"),
+    "fsdd_gru": Grid(rw=(8,)),
+    "dscnn_fsdd": Grid(),
+    "mnist_rows_gru": Grid(rw=(8,)),
+    "mnist_cnn": Grid(),
+    "fashion_cnn": Grid(),
+    "resnet8_cifar": Grid(rw=(8,)),
+}
 
 
 def main() -> None:
-    """Write `results.md` and `results.json`."""
+    """Sweep what is missing, and write `results.md` and `results.json`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sweeps", type=Path, nargs="+", help="folders of sweeps")
+    parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"of {', '.join(GRIDS)} [all]")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("build/results"), help="where the runs are kept")
     arguments = parser.parse_args()
-    groups: dict[Key, list[dict[str, Any]]] = defaultdict(list)
-    for folder in sorted(run.parent for sweep in arguments.sweeps for run in sweep.glob("*/parity.json")):
-        row = _row(folder)
-        groups[row["task"], row["ra"], row["rw"]].append(row)
-    here = Path(__file__).parent
-    rows = [row for key in sorted(groups) for row in groups[key]]
-    (here / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (here / "results.md").write_text(_table(groups))
+    rows = json.loads(ROWS.read_text()) if ROWS.exists() else []
+    for task in arguments.tasks or GRIDS:
+        grid, folder = GRIDS[task], arguments.out / task
+        sweep(
+            SweepConfig(
+                task=task,
+                rw=tuple(grid.rw),
+                ra=(RA,),
+                seeds=tuple(range(arguments.seeds)),
+                settings={"estimate": grid.estimate},
+                out=folder,
+            ),
+            jobs=arguments.jobs,
+        )
+        new = [_row(run.parent) for run in sorted(folder.glob("*/parity.json"))]
+        made = {_identity(row) for row in new}
+        rows = sorted([row for row in rows if _identity(row) not in made] + new, key=_identity)
+        ROWS.write_text(json.dumps(rows, indent=1) + "\n")
+        (HERE / "results.md").write_text(page(rows))
+
+
+def _identity(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in IDENTITY)
 
 
 def _row(folder: Path) -> dict[str, Any]:
@@ -42,34 +93,61 @@ def _row(folder: Path) -> dict[str, Any]:
         "ra": config["ra"],
         "seed": record["seed"],
         "rw_actual": metrics["rw_actual"],
-        "float": metrics["float_accuracy"],
-        "qnet": metrics["qnet_accuracy"],
+        "float": _score(metrics, "float"),
+        "qnet": _score(metrics, "qnet"),
         "csim_values": simulators["csim"]["values"],
         "mismatches": sum(simulator["mismatches"] for simulator in simulators.values()),
         "values": sum(simulator["values"] for simulator in simulators.values()),
+        "bops": metrics["bops"],
+        "lut": _lut(folder),
     }
 
 
-def _table(groups: dict[Key, list[dict[str, Any]]]) -> str:
+def _score(metrics: dict[str, Any], of: str) -> float:
+    """Accuracy, of a regression R²."""
+    accuracy: float | None = metrics[f"{of}_accuracy"]
+    return metrics[f"{of}_r2"] if accuracy is None else accuracy
+
+
+def _lut(folder: Path) -> int | None:
+    """The tracer's figure, where there is one."""
+    stages = {entry["stage"]: entry for entry in json.loads((folder / "resources.json").read_text())}
+    return stages["trace"]["lut"] if "trace" in stages else None
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """Means and standard deviations over seeds."""
+    groups: dict[Key, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[row["task"], row["rw"]].append(row)
     lines = [
-        "Test split; mean and standard deviation over seeds. The last column counts output codes of QKeras, csim and,",
-        "where the network was traced, RTL, on the whole split, but of `resnet8_cifar` on its first 1,000 samples.",
-        "Made by `python benchmarks/results.py build/results/*` after",
-        "`hmq-fpga sweep TASK --rw … --ra … --seeds 0 1 2 --out build/results/TASK`.",
+        "R_a = 4, test split; mean and standard deviation over seeds. The last column counts output codes of QKeras,",
+        "csim and, where the network was traced, RTL, on the whole split, but of `resnet8_cifar` on its first 1,000",
+        "samples. Tasks of three seeds and no bits · MACs were trained without label smoothing, as",
+        "`--label-smoothing 0` does. Of `tanh_policy`, a regression, percentages are of R². Made by",
+        "`python benchmarks/results.py`.",
         "",
-        "| task | R_a | R_w asked | seeds | actual | float % | QNet % | difference | values that differ |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| task | R_w asked | seeds | actual | float % | QNet % | difference | bits · MACs | LUT (trace) "
+        "| values that differ |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for (task, ra, rw), rows in sorted(groups.items()):
-        differences = [100 * (row["qnet"] - row["float"]) for row in rows]
-        means = {key: np.mean([row[key] for row in rows]) for key in ("rw_actual", "float", "qnet")}
+    for (task, rw), group in sorted(groups.items()):
+        differences = [100 * (row["qnet"] - row["float"]) for row in group]
+        means = {key: np.mean([row[key] for row in group]) for key in ("rw_actual", "float", "qnet")}
         lines.append(
-            f"| {task} | {ra:g} | {rw:g} | {len(rows)} | {means['rw_actual']:.2f} "
+            f"| {task} | {rw:g} | {len(group)} | {means['rw_actual']:.2f} "
             f"| {100 * means['float']:.2f} | {100 * means['qnet']:.2f} "
             f"| {np.mean(differences):+.2f} ± {np.std(differences):.2f} "
-            f"| {sum(row['mismatches'] for row in rows)} of {sum(row['values'] for row in rows):,} |"
+            f"| {_mean(group, 'bops')} | {_mean(group, 'lut')} "
+            f"| {sum(row['mismatches'] for row in group)} of {sum(row['values'] for row in group):,} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _mean(rows: list[dict[str, Any]], key: str) -> str:
+    """The mean of a figure, which not every row may have."""
+    known = [row[key] for row in rows if row.get(key) is not None]
+    return f"{np.mean(known):,.0f}" if len(known) == len(rows) else "–"
 
 
 if __name__ == "__main__":

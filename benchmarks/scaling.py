@@ -6,7 +6,8 @@ The networks are generated: an `mlp` has three hidden layers of equal width, a `
 width and a dense layer; 4-bit weights and 8-bit activations, thresholds of least error, no training. Each measurement
 has a process of its own, which does the same on a tiny network first, so that imports and first calls do not count.
 Times are processor time, compilers included. Memory is the growth of the resident set to its peak, as Linux
-keeps it; of the compiler its largest process. What is in the JSON file already is not measured again.
+keeps it; of the compiler its largest process. Rows are kept in `scaling.json`, and what is there already is
+not measured again.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from hmq_fpga.search.target import Target
 from hmq_fpga.search.train import Budget, Task
 
 HERE = Path(__file__).parent
+ROWS = HERE / "scaling.json"
 SIZES = (1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000, 200_000, 500_000, 1_000_000)
 FAMILIES = {"mlp": "three hidden layers of equal width", "cnn": "three strided 3x3 convolutions of equal width"}
 STEPS = {
@@ -262,6 +264,35 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def page(rows: list[dict[str, Any]]) -> str:
+    """The tables, and how they were made."""
+    lines = [
+        "# How cost grows with the number of parameters",
+        "",
+        "![time and memory against parameters](scaling.svg)",
+        "",
+        "Generated networks: an `mlp` has 16 inputs, three hidden layers of equal width and 10 outputs; a `cnn`",
+        "16x16 inputs, three 3x3 convolutions of stride 2 and equal width, and a dense layer. 4-bit weights (R_w =",
+        "8) and 8-bit activations, not trained; seed 0. Made by `python benchmarks/scaling.py`; one measurement",
+        "each, in a process of its own, on one thread; two cores of x86-64 that were busy with other work. Time is",
+        "processor time, g++'s included; what takes less than a second is repeated, and the median taken. Memory is",
+        "the growth of the resident set to its peak; of g++ it is all of its largest process. A dash is a size that",
+        "was refused or not measured.",
+        "",
+        "An exponent is the slope of the least-squares line through the logarithms of parameters and cost, over the",
+        "larger half of the sizes measured, since the small ones show constant cost: 1 is linear, less means that a",
+        "constant part still counts.",
+        "",
+        table(rows),
+        "RTL grows fastest: alkaid searches a whole matrix for partial sums to share. It stays bounded, since",
+        "`SIZE_LIMIT` refuses larger networks at once, and `run` then has the `model` estimate alone. g++ is",
+        "constant on an `mlp`: the code is templates, a number of them per layer, and weights are read from files.",
+        "Of a `cnn` in `io_parallel` hls4ml writes an assignment for each value of each window, so that code grows",
+        "with the width.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def _short(size: int) -> str:
     return f"{size // 1000:,}k" if size < 10**6 else f"{size // 10**6}M"
 
@@ -294,22 +325,19 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Measure what is missing, then write the table and the figure."""
+    """Measure what is missing, then write the page and the figure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--family", choices=FAMILIES, nargs="+", default=["mlp"])
+    parser.add_argument("--family", choices=FAMILIES, nargs="+", default=list(FAMILIES))
     parser.add_argument("--step", choices=STEPS, nargs="+", default=list(STEPS))
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument("--limit", type=float, default=600, help="seconds of one measurement [600]")
-    parser.add_argument("--rows", type=Path, default=Path("build/scaling.json"), help="what was measured")
-    parser.add_argument("--write", type=Path, help="folder for scaling.svg [none: print the tables alone]")
     parser.add_argument("--one", nargs=3, metavar=("STEP", "FAMILY", "PARAMETERS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         step, family, parameters = arguments.one
         print(json.dumps(measure(step, family, int(parameters))))  # noqa: T201
         return
-    arguments.rows.parent.mkdir(parents=True, exist_ok=True)
-    rows = json.loads(arguments.rows.read_text()) if arguments.rows.exists() else []
+    rows = json.loads(ROWS.read_text()) if ROWS.exists() else []
     for family in arguments.family:
         for step in arguments.step:
             over = False  # a step past its limit is not tried on larger networks
@@ -319,11 +347,10 @@ def main() -> None:
                 if row is None and not over:
                     row = key | apart(step, family, size, arguments.limit)
                     rows.append(row)
-                    arguments.rows.write_text(json.dumps(rows, indent=1) + "\n")
+                    ROWS.write_text(json.dumps(rows, indent=1) + "\n")
                 over = over or row is None or row["seconds"] is None
-    if arguments.write:
-        draw(rows, arguments.write / "scaling.svg")
-    print(table(rows))  # noqa: T201
+    draw(rows, HERE / "scaling.svg")
+    (HERE / "scaling.md").write_text(page(rows))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """What quantization adds to a training step: time and memory as ratios to the float network's.
 
-    python benchmarks/step_time.py --json --case mlp_b64
+    python benchmarks/step_time.py
+
+Rows are kept in `speed.json`, and cases already there are not measured again; those of `authors_step.py` lie beside.
 
 The float step is that of a plain loop on the user's own model, BatchNorm included, with PyTorch's own RAdam as it
 comes; `channels_last` is that loop with model and batches in this order of memory. The search step is
@@ -16,8 +18,6 @@ Times are processor time: on a machine that is shared, elapsed time is unfair to
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common import Row, fill
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -44,6 +45,9 @@ from hmq_fpga.study.tasks import TASKS
 FOREVER = 10**6  # steps that a loop plans for: it is stopped long before, and never evaluates
 LOOPS = ("float", "search", "finetune", "fit", "channels_last")
 WARM_UP = 3  # steps of a block that do not count
+PLAIN, AUTHORS = "a plain loop", "the authors"
+HERE = Path(__file__).parent
+ROWS = HERE / "speed.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +58,7 @@ class Case:
     shape: tuple[int, ...]
     batch: int
     block: int
-    turns: int = 15
-    threads: int = 1
+    turns: int = 9
 
 
 def _peers_cnn() -> nn.Module:
@@ -65,17 +68,13 @@ def _peers_cnn() -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 7 * 7, 10))
 
 
-_MLP, _CORES = TASKS["pendigits_mlp"].build, min(2, os.cpu_count() or 1)
+_MLP = TASKS["pendigits_mlp"].build
 CASES = {
     "mlp_b64": Case(build=_MLP, shape=(16,), batch=64, block=60),
     "mlp_b1024": Case(build=_MLP, shape=(16,), batch=1024, block=30),
-    "cnn_b128": Case(build=_peers_cnn, shape=(1, 28, 28), batch=128, block=8, threads=_CORES),
-    "resnet8_b32": Case(
-        build=TASKS["resnet8_cifar"].build, shape=(3, 32, 32), batch=32, block=6, turns=9, threads=_CORES
-    ),
-    "resnet18_b32": Case(
-        build=TASKS["resnet18_cifar"].build, shape=(3, 32, 32), batch=32, block=2, turns=5, threads=_CORES
-    ),
+    "cnn_b128": Case(build=_peers_cnn, shape=(1, 28, 28), batch=128, block=8),
+    "resnet8_b32": Case(build=TASKS["resnet8_cifar"].build, shape=(3, 32, 32), batch=32, block=6, turns=5),
+    "resnet18_b32": Case(build=TASKS["resnet18_cifar"].build, shape=(3, 32, 32), batch=32, block=2, turns=2),
 }
 
 
@@ -181,14 +180,17 @@ def plain_loop(model: nn.Module, task: Task, order: torch.memory_format = torch.
             optimizer.step()
 
 
-def measure(case: Case, turns: int | None = None, threads: int | None = None) -> dict[str, Any]:
-    """Ratios of a case."""
-    torch.set_num_threads(threads or case.threads)
+def _measure(*, case: str, against: str) -> Row:  # noqa: ARG001
+    return measure(CASES[case])
+
+
+def measure(case: Case) -> Row:
+    """Ratios of a case to a plain loop, one thread."""
+    torch.set_num_threads(1)
     bench = Bench(case)
     loops = bench.loops()
     rounds = [
-        {name: bench.block(loop, WARM_UP + case.block) for name, loop in loops.items()}
-        for _ in range(turns or case.turns)
+        {name: bench.block(loop, WARM_UP + case.block) for name, loop in loops.items()} for _ in range(case.turns)
     ]
     peaks = {name: bench.peak(name) for name in ("float", "search", "finetune")}
     result: dict[str, Any] = {"threads": torch.get_num_threads(), "turns": len(rounds)}
@@ -207,33 +209,64 @@ def _rounded(value: Any) -> Any:
     return [round(v, 3) for v in value] if isinstance(value, list) else round(value, 3)
 
 
-def main() -> None:
-    """Measure, and print JSON or a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", choices=CASES, action="append", help="one of them [all]")
-    parser.add_argument("--turns", type=int, help="blocks of each loop [the case's]")
-    parser.add_argument("--threads", type=int, help="of PyTorch [the case's: 1 for MLPs, else 2]")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--table", type=Path, help="measure nothing; the table of such a JSON file")
-    arguments = parser.parse_args()
-    if arguments.table:
-        print(table(json.loads(arguments.table.read_text())))  # noqa: T201
-        return
-    results = {name: measure(CASES[name], arguments.turns, arguments.threads) for name in arguments.case or CASES}
-    print(json.dumps(results, indent=1) if arguments.json else table(results))  # noqa: T201
+def ratio(row: Row, loop: str) -> str:
+    """Median and quartiles of a loop's ratio."""
+    low, high = row[f"{loop}_quartiles"]
+    return f"{row[loop]:.2f} ({low:.2f}–{high:.2f})"
 
 
-def table(results: dict[str, Any]) -> str:
-    """Markdown."""
+def page(rows: list[Row]) -> str:
+    """Ratios to a plain loop, and of the authors' arithmetic to ours."""
     lines = [
-        "| case | search / float | fine-tuning / float | `fit` / float | `channels_last` / float | memory, search "
-        "| fine-tuning | float, ms |"
+        "# Speed of a training step",
+        "",
+        "Ratios to a plain PyTorch loop on the same float network (BatchNorm included, RAdam as PyTorch brings it,",
+        "batches drawn at random), in processor time on one thread: median and quartiles over the turns. `fit` is",
+        "the package's own loop on the float network, `channels_last` the plain loop with model and batches in this",
+        "order of memory. Memory is the highest of a loop's life: model, gradients, optimizer's state, and what a",
+        "step keeps. Made by `python benchmarks/step_time.py`; random data, seed 0; two cores of x86-64 that were",
+        "busy with other work.",
+        "",
+        "| case | turns | search | fine-tuning | `fit` | `channels_last` | memory, search / fine-tuning "
+        "| plain step, ms |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    lines.append("|" + "---|" * 8)
-    for name, r in results.items():
-        times = " | ".join(f"{r[k]:.2f} ({r[f'{k}_quartiles'][0]:.2f}–{r[f'{k}_quartiles'][1]:.2f})" for k in LOOPS[1:])
-        lines.append(f"| `{name}` | {times} | {r['memory']:.2f} | {r['memory_finetune']:.2f} | {r['float_ms']:.2f} |")
-    return "\n".join(lines)
+    for row in (row for row in rows if row["against"] == PLAIN):
+        times = " | ".join(ratio(row, loop) for loop in LOOPS[1:])
+        memory = f"{row['memory']:.2f} / {row['memory_finetune']:.2f}"
+        lines.append(f"| `{row['case']}` | {row['turns']} | {times} | {memory} | {row['float_ms']:.3g} |")
+    lines += [
+        "",
+        "Against the authors' arithmetic, reimplemented in `authors_step.py`: theirs / ours, under the same",
+        "conditions. Made by `python benchmarks/authors_step.py`.",
+        "",
+        "| case | turns | search | fine-tuning |",
+        "|---|---|---|---|",
+    ]
+    for row in (row for row in rows if row["against"] == AUTHORS):
+        lines.append(f"| `{row['case']}` | {row['turns']} | {ratio(row, 'search')} | {ratio(row, 'finetune')} |")
+    return "\n".join([*lines, "", *DECISIONS]) + "\n"
+
+
+DECISIONS = (
+    "A search step can take less time than a plain one, since images have their channels last in memory, which",
+    "convolutions on a CPU otherwise reorder; fine-tuning, since BatchNorm is folded and the optimizer is one",
+    "compiled loop over all parameters that learn at one rate. A quantizer is one loop forward and one",
+    "backward, which gives the gradients of values, step and both ends at once (`hmq_fpga/search/kernels.py`,",
+    "compiled by numba once per machine and kept), and the ReLU is part of it. A layer that reads a large",
+    "quantized tensor keeps none: backward quantizes the tensor before it again. `torch.compile` of plain",
+    "operations in place of these loops was slower, and took longer to compile than a small network's whole",
+    "run: it is not used.",
+)
+
+
+def main() -> None:
+    """Measure what is missing, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", choices=CASES, nargs="+", default=list(CASES), help="some of them [all]")
+    arguments = parser.parse_args()
+    rows = fill(ROWS, ({"case": name, "against": PLAIN} for name in arguments.case), _measure)
+    (HERE / "speed.md").write_text(page(rows))
 
 
 if __name__ == "__main__":

@@ -100,6 +100,53 @@ def shuffled(x):
     return x[:, : 2 * channels].unflatten(1, (2, channels)).transpose(1, 2).flatten(1, 2)
 
 
+class Squeezed(nn.Module):
+    """Channels scaled by a gate of their means, or of all values by softmax."""
+
+    def __init__(self, channels: int, gate) -> None:
+        super().__init__()
+        self.gate, self.function = nn.Linear(channels, channels), gate
+
+    def forward(self, x):
+        gate = self.function(self.gate(x.flatten(2).mean(2) if x.ndim > 2 else x))
+        return x * gate.view(*gate.shape, *(1 for _ in x.shape[2:]))
+
+
+class Stepped(nn.Module):
+    """A recurrent layer over the positions of a sequence, channels first."""
+
+    def __init__(self, layer: nn.RNNBase, *, last: bool) -> None:
+        super().__init__()
+        self.layer, self.last = layer, last
+
+    def forward(self, x):
+        states, _ = self.layer(x.transpose(1, 2))
+        return (states[:, -1:] if self.last else states).transpose(1, 2)
+
+
+class Attending(nn.Module):
+    """Attention of the positions of a sequence to each other, channels first."""
+
+    def __init__(self, channels: int, *, weights: bool) -> None:
+        super().__init__()
+        self.attention, self.weights = nn.MultiheadAttention(channels, 1, batch_first=True), weights
+
+    def forward(self, x):
+        x = x.transpose(1, 2)
+        return self.attention(x, x, x, need_weights=self.weights)[0].transpose(1, 2)
+
+
+def layer_normalized(x):
+    """Over the channels."""
+    return F.layer_norm(x.movedim(1, -1), x.shape[1:2]).movedim(-1, 1)
+
+
+def mixed(x):
+    """The positions by their likeness to each other."""
+    x = x.flatten(2)
+    return torch.softmax(x.transpose(1, 2) @ x, -1) @ x.transpose(1, 2)
+
+
 MOVES = (
     shuffled,
     lambda x: x.flip(1),
@@ -208,7 +255,9 @@ class _Drawing:
 
     def features(self) -> None:
         """What comes between dense layers."""
-        match self.pick("", "", "norm", "scale", "pair", "move"):
+        match self.pick("", "", "norm", "scale", "pair", "move", "gate"):
+            case "gate":
+                self.gate()
             case "norm":
                 self.add(nn.BatchNorm1d(self.shape[0]))
             case "scale":
@@ -232,7 +281,8 @@ class _Drawing:
 
     def block(self) -> None:
         common = "conv", "conv", "depthwise", "norm", "shortcut", "fork", "pad", "up"
-        kind = self.pick(*common, "transposed", "scale", "pair", "move", "positions", "sum")
+        sequences = ("steps", "attention") if self.dims == 1 else ("gate", "softmax", "layer norm")
+        kind = self.pick(*common, "transposed", "scale", "pair", "move", "positions", "sum", *sequences)
         channels = self.shape[0]
         match kind:
             case "conv" | "depthwise":
@@ -251,6 +301,16 @@ class _Drawing:
                 self.add(OverPositions(self.shape[-1], self.draw(st.integers(1, 4))))
             case "sum":
                 self.add(Functional(self.pick(*SUMS)))
+            case "gate":
+                self.gate()
+            case "layer norm" if channels in (2, 4):
+                self.add(Functional(layer_normalized))
+            case "softmax":
+                self.add(Functional(self.pick(lambda x: torch.softmax(x, 1), lambda x: torch.softmax(x, -1))))
+            case "steps":
+                self.steps()
+            case "attention":
+                self.add(self.pick(Functional(mixed), Attending(channels, weights=self.draw(EITHER))))
             case "shortcut":
                 self.add(Shortcut(self.pointwise(channels)))
             case "fork":
@@ -265,6 +325,15 @@ class _Drawing:
             self.add(NORMS[self.dims](self.shape[0]))
         self.activation()
         self.pool()
+
+    def gate(self) -> None:
+        self.add(Squeezed(self.shape[0], self.pick(torch.sigmoid, lambda x: torch.softmax(x, 1))))
+
+    def steps(self) -> None:
+        kind, settings = self.pick((nn.GRU, {}), (nn.LSTM, {}), (nn.RNN, {}), (nn.RNN, {"nonlinearity": "relu"}))
+        layers = {"num_layers": self.pick(1, 1, 2), "bias": self.draw(EITHER)}
+        layer = kind(self.shape[0], self.draw(st.integers(1, 3)), batch_first=True, **layers, **settings)
+        self.add(Stepped(layer, last=self.draw(EITHER)))
 
     def pointwise(self, outputs: int) -> nn.Module:
         conv = CONVS[self.dims](self.shape[0], outputs, 1, bias=self.draw(EITHER))

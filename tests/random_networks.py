@@ -1,4 +1,4 @@
-"""Random PyTorch models from end to end: evaluation, reference, QKeras, C simulation and traced RTL agree.
+"""Random PyTorch models from end to end: evaluation, reference, QKeras, QONNX, C simulation and traced RTL agree.
 
 The tests compare a few; `python -m tests.random_networks 300` compares as many as one likes, half of them with streams.
 """
@@ -16,9 +16,12 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hmq_fpga.deploy.hls.project import HlsProject
 from hmq_fpga.deploy.parity import ParityError, check
 from hmq_fpga.deploy.qkeras.model import QKerasSimulator
+from hmq_fpga.deploy.qkeras.reader import from_qkeras
+from hmq_fpga.deploy.qonnx.model import QonnxSimulator, to_qonnx
 from hmq_fpga.deploy.rtl.project import RtlProject
 from hmq_fpga.deploy.rtl.trace import NotUnrolled
 from hmq_fpga.ir import reference
+from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.search.freeze import freeze, run_codes
 from hmq_fpga.study.data import channels_last
 from tests import outside
@@ -58,8 +61,14 @@ def compare(number: int, io_type: str) -> int:
     np.testing.assert_array_equal(run_codes(model, x, net.output_format), reference.run(net, samples))
     with tempfile.TemporaryDirectory() as folder:
         simulators = [HlsProject.create(net, Path(folder) / "hls", io_type=io_type)]
+        try:
+            simulators.append(QonnxSimulator(net, to_qonnx(net)))
+        except InvalidInput as refused:
+            assert "float32 is exact up to 24" in str(refused)
         if outside.has_qkeras():
             simulators.append(QKerasSimulator(net))
+            again = from_qkeras(simulators[-1].model)
+            np.testing.assert_array_equal(reference.run(again, samples), reference.run(net, samples))
         try:
             simulators.append(RtlProject.create(net, Path(folder) / "rtl").interpreter())
         except NotUnrolled as refused:

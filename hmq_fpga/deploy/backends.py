@@ -9,18 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from hmq_fpga.deploy.parity import Simulator
+from hmq_fpga.deploy.parity import ParityError, Simulator
 from hmq_fpga.deploy.report import Resources
 from hmq_fpga.deploy.settings import Hardware
 from hmq_fpga.ir import reference
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.network import QNet
 
+if TYPE_CHECKING:
+    from hmq_fpga.deploy.rtl.project import RtlProject
+
+TOLD = 3  # differences that an error names
 Samples = npt.NDArray[np.float32]
 
 
@@ -48,12 +52,13 @@ class Backend:
         settings: the fields of `Hardware` that decide what it writes, and `samples` if their number does.
         packages: whose versions do.
         witnesses: the part of its folder that is checked for changes, where others may add to it.
-        optional: whether its folder may be absent, as that of Verilog for a network too large to unroll, and that of
-            QKeras for one that it has no quantizer for.
+        optional: whether its folder may be absent, as that of Verilog for a network too large to unroll, and those
+            of QKeras and QONNX for one that they cannot hold.
         missing: one line on what is not installed and how to get it; None where nothing is missing.
         check: raises `InvalidInput` for a network or settings that cannot be had, before anything is trained.
         create: writes `<folder>/<name>`; samples are real inputs `(n, *input_shape)` for test benches, or None.
         simulators: of what is on disk in its folder, in the order of `parity.json`.
+        differences: one line for each thing on disk in its folder that is not the network's; nothing is simulated.
     """
 
     name: str
@@ -65,6 +70,7 @@ class Backend:
     check: Callable[[QNet, Hardware], None]
     create: Callable[[QNet, Path, Hardware, Samples | None], Made]
     simulators: Callable[[QNet, Path, Hardware], list[Simulator]]
+    differences: Callable[[QNet, Path, Hardware], list[str]]
 
 
 def _nothing_missing() -> None:
@@ -97,6 +103,40 @@ def _simulate_qkeras(net: QNet, folder: Path, hardware: Hardware) -> list[Simula
     return [QKerasSimulator.load(net, folder / "qkeras")]
 
 
+def _missing_qonnx() -> str | None:
+    from hmq_fpga.deploy.qonnx.model import missing
+
+    return missing()
+
+
+def _create_qonnx(net: QNet, folder: Path, hardware: Hardware, samples: Samples | None) -> Made:
+    from hmq_fpga.deploy.qonnx.model import export
+
+    try:
+        refusal = export(net, folder / "qonnx")
+    except InvalidInput as refused:
+        return Made(left_out=f"no QONNX model: {refused}")
+    return Made(metrics={"qonnx_to_hls4ml": refusal})
+
+
+def _simulate_qonnx(net: QNet, folder: Path, hardware: Hardware) -> list[Simulator]:
+    from hmq_fpga.deploy.qonnx.model import QonnxSimulator
+
+    return [QonnxSimulator.load(net, folder / "qonnx")]
+
+
+def _read_qonnx(net: QNet, folder: Path, hardware: Hardware) -> list[str]:
+    from hmq_fpga.deploy.qonnx.model import model_differences
+
+    return model_differences(net, folder / "qonnx")
+
+
+def _read_qkeras(net: QNet, folder: Path, hardware: Hardware) -> list[str]:
+    from hmq_fpga.deploy.qkeras.readback import model_differences
+
+    return model_differences(net, folder / "qkeras")
+
+
 def _check_hls(net: QNet, hardware: Hardware) -> None:
     from hmq_fpga.deploy.hls.settings import check_settings
 
@@ -104,18 +144,26 @@ def _check_hls(net: QNet, hardware: Hardware) -> None:
 
 
 def _create_hls(net: QNet, folder: Path, hardware: Hardware, samples: Samples | None) -> Made:
+    from hmq_fpga.deploy.hls.limits import limits
     from hmq_fpga.deploy.hls.project import HlsProject
 
     project = HlsProject.of(net, folder / "hls", hardware)
     if samples is not None:
         project.write_tb_data(samples, reference.run(net, samples))
-    return Made(metrics={"reuse_factors": dict(project.reuse_factors)})
+    factors = dict(project.reuse_factors)
+    return Made(metrics={"reuse_factors": factors, "hls_limits": limits(net, hardware, factors)})
 
 
 def _simulate_hls(net: QNet, folder: Path, hardware: Hardware) -> list[Simulator]:
     from hmq_fpga.deploy.hls.project import HlsProject
 
     return [HlsProject.load(folder / "hls")]
+
+
+def _read_hls(net: QNet, folder: Path, hardware: Hardware) -> list[str]:
+    from hmq_fpga.deploy.hls.readback import project_differences
+
+    return project_differences(net, folder / "hls", hardware)
 
 
 def _create_rtl(net: QNet, folder: Path, hardware: Hardware, samples: Samples | None) -> Made:
@@ -140,7 +188,38 @@ def _create_rtl(net: QNet, folder: Path, hardware: Hardware, samples: Samples | 
     except NotUnrolled as refused:
         return Made(resources=[replace(formula, notes=f"{formula.notes}; no RTL: {refused}")])
     measured = [formula, project.trace_resources()]
-    return Made(resources=[*measured, project.synthesize()] if hardware.estimate == "rtl" else measured)
+    if hardware.estimate == "rtl":
+        measured.append(project.synthesize())
+    elif hardware.estimate == "route":
+        return _routed(project, measured, hardware)
+    return Made(resources=measured)
+
+
+def _routed(project: RtlProject, measured: list[Resources], hardware: Hardware) -> Made:
+    """With what nextpnr finds; a network that does not fit the device is told so, and no error."""
+    from hmq_fpga.deploy.rtl.devices import find_device
+    from hmq_fpga.deploy.rtl.nextpnr import DoesNotFit
+
+    try:
+        found = project.route(project.folder / "route", find_device(hardware.route_device))
+    except DoesNotFit as refused:
+        *others, trace = measured
+        return Made(resources=[*others, replace(trace, notes=f"{trace.notes}; not routed: {refused}")])
+    return Made(resources=[*measured, found])
+
+
+def _check_rtl(net: QNet, hardware: Hardware) -> None:
+    """Only what routing needs, since that comes after the training; what cannot be built is left out with a note."""
+    if hardware.estimate != "route":
+        return
+    from hmq_fpga.deploy.rtl.devices import find_device
+    from hmq_fpga.deploy.rtl.nextpnr import require_tools
+
+    require_tools(find_device(hardware.route_device))
+    if not hardware.latency_cutoff:
+        raise InvalidInput(
+            "latency_cutoff 0: Verilog without registers has no clock to route for; give more, or estimate rtl"
+        )
 
 
 def _simulate_rtl(net: QNet, folder: Path, hardware: Hardware) -> list[Simulator]:
@@ -152,6 +231,12 @@ def _simulate_rtl(net: QNet, folder: Path, hardware: Hardware) -> list[Simulator
     return [interpreter, project.simulator()] if hardware.estimate == "rtl" else [interpreter]
 
 
+def _read_rtl(net: QNet, folder: Path, hardware: Hardware) -> list[str]:
+    from hmq_fpga.deploy.rtl.readback import verilog_differences
+
+    return verilog_differences(net, folder / "rtl", latency_cutoff=hardware.latency_cutoff or None)
+
+
 QKERAS = Backend(
     name="qkeras",
     settings=(),
@@ -161,6 +246,18 @@ QKERAS = Backend(
     check=_check_nothing,
     create=_create_qkeras,
     simulators=_simulate_qkeras,
+    differences=_read_qkeras,
+)
+QONNX = Backend(
+    name="qonnx",
+    settings=(),
+    packages=("qonnx", "onnx", "onnxruntime"),
+    optional=True,
+    missing=_missing_qonnx,
+    check=_check_nothing,
+    create=_create_qonnx,
+    simulators=_simulate_qonnx,
+    differences=_read_qonnx,
 )
 HLS = Backend(
     name="hls",
@@ -171,19 +268,39 @@ HLS = Backend(
     check=_check_hls,
     create=_create_hls,
     simulators=_simulate_hls,
+    differences=_read_hls,
 )
 RTL = Backend(
     name="rtl",
-    settings=("estimate", "part", "clock_ns", "latency_cutoff"),
+    settings=("estimate", "route_device", "part", "clock_ns", "latency_cutoff"),
     packages=("alkaid",),
-    witnesses=("rtl/rtl.json", "rtl/src"),
+    witnesses=("rtl/rtl.json", "rtl/src", "rtl/stream"),
     optional=True,
     missing=_nothing_missing,
-    check=_check_nothing,
+    check=_check_rtl,
     create=_create_rtl,
     simulators=_simulate_rtl,
+    differences=_read_rtl,
 )
-BACKENDS = (QKERAS, HLS, RTL)
+BACKENDS = (QKERAS, QONNX, HLS, RTL)
+
+
+def require_unchanged(net: QNet, folder: Path, hardware: Hardware, backends: Sequence[Backend]) -> None:
+    """Compare what back ends left on disk with the network, before anything is simulated.
+
+    Raises:
+        ParityError: naming file, tensor and both values of the first differences.
+    """
+    for backend in backends:
+        if (folder / backend.name).is_dir():
+            require_none(backend.differences(net, folder, hardware), folder, "run again to write it anew")
+
+
+def require_none(differences: Sequence[str], folder: Path, remedy: str) -> None:
+    """Raise `ParityError` with the first differences of a folder's content from the network, where there are any."""
+    if differences:
+        more = f"; and {len(differences) - TOLD} more" if len(differences) > TOLD else ""
+        raise ParityError(f"{folder}: not the network's: {'; '.join(differences[:TOLD])}{more}; {remedy}")
 
 
 def split_by_installed() -> tuple[tuple[Backend, ...], dict[str, str]]:

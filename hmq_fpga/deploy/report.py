@@ -31,6 +31,13 @@ _DEVICES: Mapping[str, tuple[int, int, int, int]] = {
     "u200": (1_182_240, 2_364_480, 6_840, 4_320),
     "u250": (1_728_000, 3_456_000, 12_288, 5_376),
     "u280": (1_303_680, 2_607_360, 9_024, 4_032),
+    "lfe5u25f": (24_288, 24_288, 28, 56),
+    "lfe5u45f": (43_848, 43_848, 72, 108),
+    "lfe5u85f": (83_640, 83_640, 156, 208),
+    "lifcl40": (32_256, 32_256, 56, 84),
+    "ice40up5k": (5_280, 5_280, 8, 6),
+    "gw2arlv18": (20_736, 15_552, 48, 46),
+    "ice40hx8k": (7_680, 7_680, 0, 7),
 }
 
 
@@ -39,8 +46,8 @@ class Resources:
     """One estimate or measurement; `None` is unknown, never zero.
 
     Attributes:
-        stage: what produced the figures, such as `csynth`, `cosim`, `vsynth`, `impl`, `trace`, `yosys`. Figures of
-            different stages do not compare.
+        stage: what produced the figures, such as `csynth`, `cosim`, `vsynth`, `impl`, `trace`, `yosys`, `route`,
+            `rtl_impl`. Figures of different stages do not compare.
         tool, version: the program.
         part: FPGA part or family.
         clock_ns: clock period that was asked for, in ns.
@@ -48,6 +55,12 @@ class Resources:
             minus the worst negative slack in `impl`.
         lut, ff, dsp, bram, carry: counts; `bram` in 18-kbit units.
         latency_cycles, ii: clock cycles from input to output, and between two inputs; the largest where they vary.
+        fmax_mhz: highest clock after routing, in MHz.
+        latency_ns: the cycles at that clock, in ns.
+        device: what it was placed on, by this package's name for it.
+        critical_path: the slowest path after routing: its parts `logic_ns` and `routing_ns`, the registers at its ends,
+            `source` and `sink`, `file`, the Verilog that it runs through, and `layers`, what of the network that file
+            works on.
         notes: what a reader has to know, such as "a Yosys estimate".
     """
 
@@ -64,6 +77,10 @@ class Resources:
     carry: int | None = None
     latency_cycles: int | None = None
     ii: int | None = None
+    fmax_mhz: float | None = None
+    latency_ns: float | None = None
+    device: str | None = None
+    critical_path: Mapping[str, Any] | None = None
     notes: str = ""
 
     @property
@@ -74,7 +91,7 @@ class Resources:
             return None
         used = {"lut": self.lut, "ff": self.ff, "dsp": self.dsp, "bram": self.bram}
         totals = zip(used.items(), _DEVICES[device], strict=True)
-        return {kind: 100 * count / total for (kind, count), total in totals if count is not None}
+        return {kind: 100 * count / total for (kind, count), total in totals if count is not None and total}
 
     def to_json(self) -> dict[str, Any]:
         """The record as `resources.json` holds it."""

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-HlsBackend = Literal["Vitis", "Vivado"]
+HlsBackend = Literal["Vitis", "Vivado", "VivadoAccelerator", "Quartus", "Catapult", "oneAPI", "Libero"]
 IoType = Literal["io_parallel", "io_stream"]
 Strategy = Literal["Latency", "Resource", "distributed_arithmetic"]
-Estimate = Literal["trace", "model", "rtl", "none"]
+Estimate = Literal["trace", "model", "rtl", "route", "none"]
 
 DEFAULT_PART = "xcvu13p-flga2577-2-e"
 
@@ -32,9 +32,9 @@ class Hardware:
     """How a network is to be built.
 
     Attributes:
-        backend: whose C++ hls4ml writes.
+        backend: whose C++ hls4ml writes; that of oneAPI and Libero is refused, since no g++ compiles it.
         io_type: arrays or streams between the layers of the HLS project.
-        part: FPGA part.
+        part: FPGA part; the default is for the backends of AMD, and hls4ml's own takes its place in others.
         clock_ns: clock period in ns.
         reuse_factor: multiplications per multiplier of the HLS project, or what is nearest to it in a layer.
         strategy: hls4ml's for matrix products.
@@ -42,7 +42,9 @@ class Hardware:
         latency_cutoff: of the Verilog: most delay between two registers, in ns of the tracer's own delay model; 0: no
             registers.
         estimate: how much to find out without vendor tools: `trace`, Verilog and its tracer's figures; `rtl`, also
-            simulated by Verilator and synthesized by Yosys; `model`, a fitted formula alone; `none`.
+            simulated by Verilator and synthesized by Yosys; `route`, placed and routed by nextpnr in place of these;
+            `model`, a fitted formula alone; `none`.
+        route_device: what the estimate `route` places on; None: the default of `rtl.devices`.
     """
 
     backend: HlsBackend = "Vitis"
@@ -54,3 +56,4 @@ class Hardware:
     layers: Mapping[str, LayerSettings] = field(default_factory=dict)
     latency_cutoff: float = 5.0
     estimate: Estimate = "trace"
+    route_device: str | None = None

@@ -16,6 +16,7 @@ from hmq_fpga.search.quantizers import THRESHOLDS, Grid, fake_quantize
 from hmq_fpga.search.ranges import clips, magnitudes
 from hmq_fpga.search.train import Task
 
+NOTHING = 0.9  # share of the square that the error of a format is, from where on it leaves nothing
 SAMPLES = 512  # of the training set, for choosing thresholds by squared error
 
 
@@ -55,6 +56,16 @@ class LeastError:
         return self._candidates[self._errors.index(min(self._errors))]
 
 
+@torch.no_grad()
+def leaves_nothing(x: Tensor, format_: Fixed, max_threshold_log2: int) -> bool:
+    """Whether a format's squared error on values is nearly their own square: all of them become zero or tiny.
+
+    Values beyond 2^M count as in `LeastError`.
+    """
+    x = x.detach().clamp(-(2.0**max_threshold_log2), 2.0**max_threshold_log2)
+    return bool((fake_quantize(x, Grid.of(format_)) - x).square().sum() > NOTHING * x.square().sum())
+
+
 def least_error_format(x: Tensor, *, signed: bool, bits: int, max_threshold_log2: int) -> Fixed:
     """The format of least squared quantization error on `x`; see `LeastError`."""
     found = LeastError(signed=signed, bits=bits, max_threshold_log2=max_threshold_log2)
@@ -88,7 +99,7 @@ def least_error_formats(
         observe(name, weight)
     if any(name not in model.weights for name in found):
         grids = clips(model, task)
-        for batch in task.x_train[:SAMPLES].split(task.batch_size):
+        for batch in task.samples("train").head(SAMPLES)[0].split(task.batch_size):
             model(batch, grids=grids, observe=observe)
     return {name: errors.format for name, errors in found.items()}
 

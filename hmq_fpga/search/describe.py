@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hmq_fpga.search.graph import Node, QModel, weight_site
+from hmq_fpga.search.graph import Node, QModel
 from hmq_fpga.search.layers import LINEAR_LAYERS, Activation, Move
 
 
@@ -20,7 +20,7 @@ class LayerRow:
         shape: of its result for one sample, channels first.
         parameters: weights and biases.
         weight_bits, weight_threshold_log2: of its weights' format; the mean where they have widths of their own.
-        weight_share: its part of the weight memory, biases not counted.
+        weight_share: its part of the weight memory, biases not counted; of layers that share a weight the first's.
         activation_bits, activation_threshold_log2: of its result's format, if the result has one.
     """
 
@@ -42,7 +42,7 @@ def describe(model: QModel) -> list[LayerRow]:
     memory = sum(t.bits for t in weights.values())
 
     def row(node: Node, layer: Any) -> LayerRow:
-        weight = weights.get(weight_site(node.name))
+        weight = weights.get(model.weight_sites.get(node.name, ""))
         result = formats.get(node.name)
         return LayerRow(
             path=node.path,
@@ -52,7 +52,7 @@ def describe(model: QModel) -> list[LayerRow]:
             parameters=sum(p.numel() for p in layer.parameters()) if isinstance(layer, LINEAR_LAYERS) else 0,
             weight_bits=weight.mean_width if weight else None,
             weight_threshold_log2=weight.format.threshold_log2 if weight else None,
-            weight_share=weight.bits / memory if weight and memory else None,
+            weight_share=weight.bits / memory if weight and memory and weight.name == f"{node.name}.weight" else None,
             activation_bits=result.width if result else None,
             activation_threshold_log2=result.threshold_log2 if result else None,
         )

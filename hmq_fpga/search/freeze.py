@@ -22,12 +22,13 @@ from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import MAX_WIDTH, Codes, Fixed
 from hmq_fpga.ir.network import QNet, naming
 from hmq_fpga.search.calibrate import scheme_of
-from hmq_fpga.search.graph import Node, QModel, weight_site
+from hmq_fpga.search.graph import Node, QModel, below_format
 from hmq_fpga.search.layers import (
     Activation,
     Add,
     Affine,
     AvgPool,
+    Below,
     Bilinear,
     Concat,
     Function,
@@ -194,10 +195,10 @@ class _Freezer:
                 index = layer.index.cpu().numpy()
                 return _Lying(x.op, np.where(index < 0, -1, x.places.ravel()[index]), name)
             case Add() | Subtract() | Multiply() | Maximum() | Minimum():
-                first = self._whole(x, name)
-                held = self._types[first.op].shape
-                second = self._ordered(sources[1], _inverse(first.places).reshape(held), name)
+                first, second = self._alike(sources[0], sources[1], name)
                 return self._in_place(_ELEMENTWISE[type(layer)](name=name, sources=(first.op, second)), first)
+            case Below():
+                return self._below(node, *sources)
             case Concat():
                 return self._concat(node, layer.axis, sources)
             case _:
@@ -267,7 +268,7 @@ class _Freezer:
 
     def _constants(self, node: Node, layer: Any) -> tuple[Codes, dict[str, Any]]:
         """Weight codes as PyTorch has them, and the other fields of a linear op, but for its source."""
-        tensor = self._model.scheme[weight_site(node.name)]
+        tensor = self._model.scheme[self._model.weight_sites[node.name]]
         bias = _round(_array(layer.bias), -_log2(self._model.steps[node.name]))
         return tensor.encode(_array(layer.weight)), {"name": node.name, "weight_format": tensor.format, "bias": bias}
 
@@ -346,6 +347,20 @@ class _Freezer:
             padding=((0, 0),) * len(spread),
         )
         return self._along(op, 0)
+
+    def _alike(self, x: _Lying, other: _Lying, reader: str) -> tuple[_Lying, str]:
+        """The first of two tensors of one shape, and the name of one that holds the second in the same order."""
+        first = self._whole(x, reader)
+        held = self._types[first.op].shape
+        return first, self._ordered(other, _inverse(first.places).reshape(held), reader)
+
+    def _below(self, node: Node, x: _Lying, largest: _Lying) -> _Lying:
+        """A difference that is never negative, in a format that it never exceeds."""
+        first, second = self._alike(x, largest, node.name)
+        difference = self._free(f"{node.name}_difference")
+        self._add(ops.Subtract(name=difference, sources=(second, first.op)))
+        format_ = below_format(self._types[first.op].format)
+        return self._in_place(ops.Quantize(name=node.name, source=difference, format=format_), first)
 
     def _spread(self, x: _Lying, spread: list[list[int]], reader: str) -> str:
         """Name of an image whose rows and columns are those of `x` by number, and zero where that is -1."""

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -26,8 +26,10 @@ from hmq_fpga.search.layers import (
     Activation,
     Affine,
     AvgPool,
+    Below,
     Bilinear,
     Function,
+    Join,
     Move,
     Multiply,
     joined,
@@ -116,9 +118,15 @@ class Statistics(NamedTuple):
         return self._replace(mean=channels.mean(1), deviation=channels.std(1, correction=0))
 
 
-def weight_site(layer: str) -> str:
-    """Site name of a layer's weight."""
-    return f"{layer}.weight"
+def weight_sites_of(layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Site of the weight of each layer that has one: layers of one parameter have one, named after the first of them.
+
+    Args:
+        layers: by name, in execution order.
+    """
+    sites: dict[Tensor, str] = {}  # a parameter is known by what it is, not by its values
+    linear = {name: layer for name, layer in layers.items() if isinstance(layer, LINEAR_LAYERS)}
+    return {name: sites.setdefault(layer.weight, f"{name}.weight") for name, layer in linear.items()}
 
 
 def _tensor(parameter: Tensor | None) -> Tensor:
@@ -156,6 +164,11 @@ def _linear(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor
             return convolved
 
 
+def below_format(read: Fixed) -> Fixed:
+    """Format of what `Below` makes of values of a format: without a sign it has room for their largest distance."""
+    return replace(read, signed=False)
+
+
 class _Replaced(torch.autograd.Function):
     """Values in place of a tensor's, which gets their gradient."""
 
@@ -181,6 +194,8 @@ class QModel(nn.Module):
         notes: what instrumentation folded, removed or replaced, one sentence each.
         finals: for each output, the function of the user's model that hardware leaves out; None where there is none.
         statistics: what the user's BatchNorms knew of tensors, by name; folding moved them along with the values.
+        weight_sites: site of the weight of each layer that has one, by the layer's name.
+        multiplied: the tensor that each of these weights multiplies, likewise.
     """
 
     def __init__(
@@ -198,8 +213,10 @@ class QModel(nn.Module):
         self.nodes, self.sites, self.notes = tuple(nodes), tuple(sites), tuple(notes)
         self.finals = tuple(finals)
         self.layers = nn.ModuleList(layers[node.name] for node in self.nodes)
+        self.weight_sites = weight_sites_of(dict(zip((node.name for node in self.nodes), self.layers, strict=True)))
+        self.multiplied = {node.name: node.sources[0] for node in self.nodes if node.name in self.weight_sites}
         self._linears = [
-            (weight_site(node.name), _bias(node.name), layer)
+            (self.weight_sites[node.name], _bias(node.name), layer)
             for node, layer in zip(self.nodes, self.layers, strict=True)
             if isinstance(layer, LINEAR_LAYERS)
         ]
@@ -207,6 +224,9 @@ class QModel(nn.Module):
         self._last_reads = [[name for name, last in readers.items() if last == i] for i in range(len(self.nodes))]
         layers_of_nodes = zip(self.nodes, self.layers, strict=True)
         self._moved = {node.name: node.sources[0] for node, x in layers_of_nodes if isinstance(x, MOVING_LAYERS)}
+        self._below = {
+            node.name: node.sources[0] for node, x in zip(self.nodes, self.layers, strict=True) if isinstance(x, Below)
+        }
         self._dense = self._of_dense_layers()
         self._scheme = Scheme(())
         self._formats: dict[str, Fixed] = {}
@@ -222,12 +242,17 @@ class QModel(nn.Module):
     def _of_dense_layers(self) -> set[str]:
         """Weights and biases of dense layers, and what has a format and is read by one dense layer alone."""
         layers = zip(self.nodes, self.layers, strict=True)
-        dense = [node for node, layer in layers if isinstance(layer, nn.Linear) and len(node.shape) == 1]
+        uses = Counter(self.weight_sites.values())
+        dense = [
+            node
+            for node, layer in layers
+            if isinstance(layer, nn.Linear) and len(node.shape) == 1 and uses[self.weight_sites[node.name]] == 1
+        ]
         made = {node.name for node, layer in zip(self.nodes, self.layers, strict=True) if isinstance(layer, Activation)}
         reads = Counter(source for node in self.nodes for source in node.sources)
         formatted = {*self.inputs, *made}
         lone = {source for node in dense for source in node.sources if source in formatted and reads[source] == 1}
-        return lone.union(*((weight_site(node.name), _bias(node.name)) for node in dense))
+        return lone.union(*((self.weight_sites[node.name], _bias(node.name)) for node in dense))
 
     @property
     def scheme(self) -> Scheme:
@@ -258,10 +283,19 @@ class QModel(nn.Module):
         """How many values are held in the formats of which sites, whenever one was made: see `cost.moments`."""
         steps = [Step(name=n, sources=(), size=math.prod(s), holds="format") for n, s in self.inputs.items()]
         for node, layer in zip(self.nodes, self.layers, strict=True):
-            made, moved = isinstance(layer, FORMATTED_LAYERS), isinstance(layer, MOVING_LAYERS)
+            made, moved = isinstance(layer, FORMATTED_LAYERS), isinstance(layer, (*MOVING_LAYERS, Below))
             holds: Holds = "format" if made else "source" if moved else "nothing"
             steps.append(Step(name=node.name, sources=node.sources, size=math.prod(node.shape), holds=holds))
         return moments(steps)
+
+    @property
+    def output_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of one sample of each output, channels first; where there are several, a `Join` is last."""
+        last = self.nodes[-1]
+        if not isinstance(self.layers[-1], Join):
+            return (last.shape,)
+        shapes = {node.name: node.shape for node in self.nodes}
+        return tuple(shapes[name] for name in last.sources)
 
     def finish(self, output: Tensor) -> Tensor:
         """What the user's model returns, from what this one does: its final functions applied to `(batch, …)`."""
@@ -269,8 +303,7 @@ class QModel(nn.Module):
             return output
         if len(self.finals) == 1:
             return self.finals[0].function(output) if self.finals[0] else output
-        shapes = {node.name: node.shape for node in self.nodes}
-        parts = parted(output, [shapes[name] for name in self.nodes[-1].sources])
+        parts = parted(output, self.output_shapes)
         return joined([final.function(x) if final else x for final, x in zip(self.finals, parts, strict=True)])
 
     def set_scheme(self, scheme: Scheme) -> None:
@@ -318,6 +351,12 @@ class QModel(nn.Module):
             tensor = self._moved[tensor]
         return tensor
 
+    def _read_format(self, node: Node) -> Fixed:
+        """The format of what a function reads."""
+        origin = self.origin(node.sources[0])
+        below = self._below.get(origin)
+        return below_format(self._formats[self.origin(below)]) if below else self._formats[origin]
+
     @property
     def tables(self) -> Mapping[str, Tensor]:
         """Values of each `Function` by the code that it reads, in ascending order; empty for a float model."""
@@ -326,13 +365,13 @@ class QModel(nn.Module):
     @torch.no_grad()
     def _table(self, node: Node, layer: Function) -> Tensor:
         """Computed in float64, once, whatever the model's type; zero where the function has no value."""
-        read, made = self._formats[self.origin(node.sources[0])], self._formats[node.name]
+        read, made = self._read_format(node), self._formats[node.name]
         values = layer.function(torch.arange(read.lo, read.hi + 1, dtype=torch.float64) * read.step)
         return fake_quantize(values.nan_to_num(0.0, math.inf, -math.inf), Grid.of(made))
 
     def _looked_up(self, node: Node, x: Tensor, tensor: Tensor) -> Tensor:
         """A function's quantized values, with the gradient of the float ones."""
-        read, table = self._formats[self.origin(node.sources[0])], self._tables[node.name]
+        read, table = self._read_format(node), self._tables[node.name]
         codes = (x.detach() / read.step).sub_(read.lo)
         values: Tensor = _Replaced.apply(table.to(x)[codes.long()], tensor)  # type: ignore[no-untyped-call]
         return values
@@ -351,7 +390,7 @@ class QModel(nn.Module):
             case AvgPool():
                 return source / layer.divisor
             case _ if isinstance(layer, LINEAR_LAYERS):
-                return source * self._formats[weight_site(node.name)].step
+                return source * self._formats[self.weight_sites[node.name]].step
             case _:
                 return source
 
@@ -379,7 +418,8 @@ class QModel(nn.Module):
             for name, tensor in inputs.items():
                 observe(name, tensor)
         # What dense layers quantize for themselves, by name
-        dense = () if observe or torch.is_autocast_enabled(x.device.type) else self._dense
+        watched = observe or follow
+        dense = () if watched or torch.is_autocast_enabled(x.device.type) else self._dense
         values = {**self._parameters_by_site, **inputs}
         if names := [name for name in values if name in grids and name not in dense]:
             quantized = fake_quantize_all([values[name] for name in names], [grids[name] for name in names])
@@ -395,7 +435,7 @@ class QModel(nn.Module):
         for node, layer, read in zip(self.nodes, self.layers, self._last_reads, strict=True):
             name, sources = node.name, [tensors[source] for source in node.sources]
             if isinstance(layer, Activation):
-                fused = layer.relu and name in grids and not observe  # no grid reaches beyond the limit of a clip
+                fused = layer.relu and name in grids and not watched  # no grid reaches beyond the limit of a clip
                 tensor = sources[0] if fused else layer(*sources)
                 if observe:
                     observe(name, tensor)
@@ -422,7 +462,7 @@ class QModel(nn.Module):
                 origin = origins.get(source) if len(sources) == 1 else None
                 with recomputed(sources[0], *origin) if origin else nullcontext():
                     if isinstance(layer, LINEAR_LAYERS):
-                        sites = weight_site(name), _bias(name)
+                        sites = self.weight_sites[name], _bias(name)
                         parameters = values[sites[0]], values[sites[1]]
                         if sites[0] in dense:
                             its_grids = [grids.get(site) if site in dense else None for site in (source, *sites)]

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.ops import Padding, Shape
 
 _LARGEST = 2.0**15  # stands for infinity in training
@@ -74,6 +75,57 @@ class Function(nn.Module):
         if x.requires_grad:
             x.register_hook(lambda gradient: gradient.nan_to_num(0.0, 0.0, 0.0))
         return self.function(x).nan_to_num(0.0, _LARGEST, -_LARGEST)
+
+
+@torch.library.custom_op("hmq_fpga::table", mutates_args=())
+def _marked(x: Tensor) -> Tensor:
+    """Stands for a user's function in an exported program, which `Reader` reads and nothing runs."""
+    return x.clone()
+
+
+@_marked.register_fake
+def _of_its_shape(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class UserTable(nn.Module):
+    """A function of one value in a user's model; see `table`.
+
+    Attributes:
+        is_read: whether an export is to hold one operation in its place.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor], name: str) -> None:
+        super().__init__()
+        self.function, self.name, self.is_read = function, name, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tensor of any shape."""
+        made: Tensor = _marked(x) if self.is_read else self.function(x)
+        return made
+
+
+def table(function: Callable[[Tensor], Tensor], name: str = "") -> nn.Module:
+    """A layer for your model that is any function of one value: in hardware a table, whatever the function is made of.
+
+    In training it is the function itself, and its derivative passes the gradient back.
+
+    Args:
+        function: of a tensor, element by element, without parameters.
+        name: that notes and reports call it; by default the function's own.
+
+    Raises:
+        InvalidInput: where it has parameters, or its values are not of its input's shape or depend on their neighbours.
+    """
+    name = name or getattr(function, "__name__", type(function).__name__).strip("<>")
+    if isinstance(function, nn.Module) and next(function.parameters(), None) is not None:
+        raise InvalidInput(f"table {name!r}: it has parameters, which a table cannot learn; leave them outside")
+    x = torch.linspace(-4, 4, 64)
+    with torch.no_grad():
+        values, turned = function(x), function(x.flip(0).view(8, 8))
+    if values.shape != x.shape or not torch.equal(turned.flatten().flip(0).nan_to_num(), values.nan_to_num()):
+        raise InvalidInput(f"table {name!r}: it is no function of one value, element by element")
+    return UserTable(function, name)
 
 
 # --- linear layers ---------------------------------------------------------------------------------------------------
@@ -231,7 +283,19 @@ def _strides(index: Tensor) -> tuple[int, tuple[int, ...]] | None:
 # --- layers that read several tensors --------------------------------------------------------------------------------
 
 
-class Add(nn.Module):
+class _Elementwise(nn.Module):
+    """Of two tensors of one shape, value by value.
+
+    Args:
+        quantized: whether what it reads gets a format first, where it has none; else sums are read as they are.
+    """
+
+    def __init__(self, *, quantized: bool = True) -> None:
+        super().__init__()
+        self.quantized = quantized
+
+
+class Add(_Elementwise):
     """The sum of two tensors of one shape."""
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
@@ -239,7 +303,7 @@ class Add(nn.Module):
         return first + second
 
 
-class Subtract(nn.Module):
+class Subtract(_Elementwise):
     """The difference of two tensors of one shape."""
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
@@ -247,7 +311,7 @@ class Subtract(nn.Module):
         return first - second
 
 
-class Multiply(nn.Module):
+class Multiply(_Elementwise):
     """The product of two tensors of one shape, value by value."""
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
@@ -255,7 +319,7 @@ class Multiply(nn.Module):
         return first * second
 
 
-class Maximum(nn.Module):
+class Maximum(_Elementwise):
     """The larger of two tensors of one shape, value by value."""
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
@@ -263,12 +327,20 @@ class Maximum(nn.Module):
         return torch.maximum(first, second)
 
 
-class Minimum(nn.Module):
+class Minimum(_Elementwise):
     """The smaller of two tensors of one shape, value by value."""
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         """Both of one shape."""
         return torch.minimum(first, second)
+
+
+class Below(nn.Module):
+    """How far values of a format are below the largest of them, exactly: as many bits hold it without a sign."""
+
+    def forward(self, x: Tensor, largest: Tensor) -> Tensor:
+        """Both of one shape."""
+        return largest - x
 
 
 class Concat(nn.Module):
@@ -293,7 +365,7 @@ class Join(nn.Module):
 
 LINEAR_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d, Affine)
 MOVING_LAYERS = (MaxPool, Pad, Upsample, Move)
-MERGING_LAYERS = (Add, Subtract, Multiply, Maximum, Minimum, Concat)
+MERGING_LAYERS = (Add, Subtract, Multiply, Maximum, Minimum, Below, Concat)
 FORMATTED_LAYERS = (Activation, Function)
 
 

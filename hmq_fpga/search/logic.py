@@ -6,7 +6,10 @@ import copy
 import math
 from dataclasses import replace
 
+import torch
+
 from hmq_fpga.ir.cost import FLOAT_BITS, ebops
+from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.logic import luts
 from hmq_fpga.search.calibrate import least_error_format
 from hmq_fpga.search.freeze import outline
@@ -14,21 +17,45 @@ from hmq_fpga.search.graph import QModel
 from hmq_fpga.search.quantizers import least_threshold_log2
 from hmq_fpga.search.target import Target, rate_bound
 
-STARTS = ((13.0, 4), (10.0, 5), (8.0, 6), (6.0, 8), (4.0, 8))  # R_w and bits of activations, by growing logic
-ROOM = 1.2  # by which a start exceeds the bound, so that there is something to prune
+STARTS = ((13.0, 4), (10.0, 4), (8.0, 4), (8.0, 5), (8.0, 6), (6.0, 8), (4.0, 8))  # R_w, bits of activations
+ROOM = 1.7  # by which a start exceeds the bound: larger thresholds and training alone take out a third of the logic
+FIRST_BITS = 3  # for which a start leaves room in weights of inputs: no later layer makes up for what two bits lose
 ZEROS = 0.5  # that larger thresholds make before anything is pruned
+
+
+def check_least(model: QModel, target: Target) -> None:
+    """Raise `InvalidInput` when a bound on LUTs or EBOPs is below what a weight in each layer needs, by the formula."""
+    if not target.pruned:
+        return
+    least = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in least.parameters():
+            parameter.zero_()
+        for weight in least.weights.values():
+            weight.copy_(torch.arange(weight.numel()).view_as(weight) == 0)
+    bits = {name: min(width, STARTS[0][1]) for name, width in target.activation_bits(model).items()}
+    net = outline(least, {**dict.fromkeys(model.weights, 2), **bits})
+    for name, most, of in (("LUTs", target.luts, luts), ("EBOPs", target.ebops, ebops)):
+        if most is not None and most < (needed := of(net)):
+            raise InvalidInput(
+                f"{most:,.6g} {name} are out of reach: one weight in each layer alone needs about {needed:,.0f}"
+            )
 
 
 def start(model: QModel, target: Target) -> Target:
     """The target with rates whose network costs more than its bound on LUTs or EBOPs, if it gives none itself.
 
     Of `STARTS`, as far as the target's bit-widths reach, the first with room enough, with the float weights at one
-    bit-width and LUTs by the formula; else the last. No data are read.
+    bit-width and LUTs by the formula; else the last. Those come first that can give weights of inputs `FIRST_BITS`
+    where all others have two. No data are read.
     """
     if target.bounded or not target.pruned:
         return target
     least, most = target.reach(model, rate_bound(model, 1.0))
+    highest = _highest_rate(model)
     for wanted, activation_bits in STARTS:
+        if wanted > highest:
+            continue
         rate, bits = min(max(wanted, least), most), min(activation_bits, target.max_activation_bits)
         started = replace(target, weight_rate=rate, max_activation_bits=bits)
         weights = {
@@ -44,3 +71,13 @@ def start(model: QModel, target: Target) -> Target:
         if luts(net) > ROOM * (target.luts or math.inf) or ebops(net) > ROOM * (target.ebops or math.inf):
             break
     return started
+
+
+def _highest_rate(model: QModel) -> float:
+    """R_w with `FIRST_BITS` for weights of inputs and two bits for all others."""
+    weights = model.weights
+    first = {
+        model.weight_sites[name] for name, source in model.multiplied.items() if model.origin(source) in model.inputs
+    }
+    bits = sum(weight.numel() * (FIRST_BITS if site in first else 2) for site, weight in weights.items())
+    return FLOAT_BITS * sum(weight.numel() for weight in weights.values()) / bits

@@ -8,25 +8,30 @@ unrolled logic shrinks at little loss. This is an option, no part of HMQ.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.ir.network import QNet
 from hmq_fpga.ir.scheme import Scheme, Widths
 from hmq_fpga.ir.scheme import Tensor as SchemeTensor
+from hmq_fpga.search.checkpoint import Stateful
+from hmq_fpga.search.deviations import input_deviations
 from hmq_fpga.search.freeze import freeze
 from hmq_fpga.search.graph import QModel
 from hmq_fpga.search.quantizers import fake_quantize, grid_of
+from hmq_fpga.search.train import Task
 
 WIDER = 3  # thresholds up to 2^3 times the one that was found
 EVENTS = 100  # at which weights are pruned, over the whole training
 PRUNED_BY = 0.6  # of the training: from here on the goal is reached
-MEASUREMENTS = 8  # of a goal whose size is estimated in between
+MEASUREMENTS = 8  # of a goal whose size is estimated in between, and of what weights multiply
+SAMPLES = 2048  # by which that is measured
 
 
 def share_of_zeros(weight: Tensor, format_: Fixed, widths: Widths | None = None) -> float:
@@ -49,12 +54,14 @@ def widen_thresholds(model: QModel, scheme: Scheme, zeros: float) -> Scheme:
 
 
 class Goal(Protocol):
-    """What is to shrink.
+    """What is to shrink; one that learns from its measurements is `Stateful`, too.
 
     Attributes:
+        name: what it counts, for messages.
         most: what is wanted of it.
     """
 
+    name: str
     most: float
 
     def size(self, model: QModel) -> float:
@@ -70,6 +77,8 @@ class Nonzeros:
     Args:
         zeros: share that is to be zero.
     """
+
+    name = "as a share of weights that are not zero"
 
     def __init__(self, zeros: float) -> None:
         self.most = 1 - zeros
@@ -87,14 +96,25 @@ class NetworkCost:
     """A cost of the integer network: between two measurements by an estimate, corrected by the last one.
 
     Args:
+        name: what it counts.
         most: what is wanted of it.
         measure: the figure that counts.
         estimate: a faster one.
     """
 
-    def __init__(self, most: float, measure: Callable[[QNet], float], estimate: Callable[[QNet], float]) -> None:
-        self.most = most
+    def __init__(
+        self, name: str, most: float, measure: Callable[[QNet], float], estimate: Callable[[QNet], float]
+    ) -> None:
+        self.name, self.most = name, most
         self._measure, self._estimate, self._correction = measure, estimate, 1.0
+
+    def state_dict(self) -> dict[str, float]:
+        """The correction."""
+        return {"correction": self._correction}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on with another's."""
+        self._correction = state["correction"]
 
     def size(self, model: QModel) -> float:
         """By the estimate."""
@@ -109,23 +129,47 @@ class NetworkCost:
 
 
 class Pruning:
-    """Gradual magnitude pruning (Zhu, Gupta, "To prune, or not to prune", 2017): less and less of what is left.
+    """Gradual pruning (Zhu, Gupta, "To prune, or not to prune", 2017) of what matters least: less and less of the rest.
 
-    A weight's magnitude is in units of its format's step, over all layers together. What has been pruned stays zero.
-    Called before each optimizer step and after the last, which keeps the goal by its exact measure.
+    A weight matters by its magnitude in units of its format's step, over all layers together, times the deviation of
+    the values that it multiplies, as a ratio to its layer's (after Sun, Liu, Bair, Kolter, "A Simple and Effective
+    Pruning Approach for Large Language Models", 2024, Eq. 1, who take norms): a pixel at the border that is always dark
+    needs no weight, however large. What has been pruned stays zero. Called before each optimizer step and after the
+    last, which keeps the goal by its exact measure.
 
     Args:
         model: with a scheme; its weights are pruned in place.
         goal: what is to shrink.
+        task: whose training samples show what weights multiply.
     """
 
-    def __init__(self, model: QModel, goal: Goal) -> None:
+    def __init__(self, model: QModel, goal: Goal, task: Task) -> None:
         self._model, self._goal = model, goal
+        self._samples = task.samples("train").head(SAMPLES)[0]
+        self._deviations = input_deviations(model, self._samples)
         self._kept = {name: torch.ones_like(weight) for name, weight in model.weights.items()}
-        self._first = goal.measured(model)
+        self._smallest = math.inf  # of the sizes measured at which outputs depended on inputs
+        self._first = self._measured()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been pruned, and what the goal has measured."""
+        goal = self._goal.state_dict() if isinstance(self._goal, Stateful) else {}
+        return {"kept": self._kept, "deviations": self._deviations, "goal": goal, "smallest": self._smallest}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with another's."""
+        if isinstance(self._goal, Stateful):
+            self._goal.load_state_dict(state["goal"])
+        self._deviations, self._smallest = state["deviations"], state["smallest"]
+        for name, kept in self._kept.items():
+            kept.copy_(state["kept"][name])
 
     def __call__(self, step: int, steps: int) -> None:
-        """Prune before `step` of `steps`."""
+        """Prune before `step` of `steps`.
+
+        Raises:
+            InvalidInput: after the last, when nothing of the inputs reaches the outputs of what is left.
+        """
         weights = self._model.weights
         with torch.no_grad():
             for name, kept in self._kept.items():
@@ -134,40 +178,56 @@ class Pruning:
             self._finish()
         elif step and step % max(steps // EVENTS, 1) == 0:
             if step // max(steps // EVENTS, 1) % (EVENTS // MEASUREMENTS) == 0:
-                self._goal.measured(self._model)
+                self._measured()
+                self._deviations = input_deviations(self._model, self._samples)
             left = max(1 - step / (PRUNED_BY * steps), 0.0)
             self._shrink(self._goal.most + max(self._first - self._goal.most, 0) * left**3)
 
     def _shrink(self, wanted: float) -> None:
         """Prune the share of nonzero weights by which the goal is exceeded."""
         if (size := self._goal.size(self._model)) > wanted:
-            magnitudes = self._magnitudes()
-            self._prune(max(round(len(magnitudes) * (1 - wanted / size)), 1), magnitudes)
+            worth = self._worth()
+            self._prune(max(round(len(worth) * (1 - wanted / size)), 1), worth)
 
     def _finish(self) -> None:
         """Prune until the exact measure keeps the goal."""
-        while (size := self._goal.measured(self._model)) > self._goal.most:
-            magnitudes = self._magnitudes()
-            if not len(magnitudes):
-                return
-            self._prune(max(round(len(magnitudes) * (1 - self._goal.most / size)), 1), magnitudes)
+        while (size := self._measured()) > self._goal.most and len(worth := self._worth()):
+            self._prune(max(round(len(worth) * (1 - self._goal.most / size)), 1), worth)
+        if not self._tells():
+            raise InvalidInput(
+                f"{self._goal.most:,.6g} {self._goal.name} are out of reach: pruned that far, no output depends on an "
+                f"input; the smallest network on the way whose outputs did has {self._smallest:,.6g}: "
+                "allow that many, or give a smaller model"
+            )
 
-    def _magnitudes(self) -> Tensor:
+    def _measured(self) -> float:
+        """The goal's exact size."""
+        size = self._goal.measured(self._model)
+        if self._tells():
+            self._smallest = min(self._smallest, size)
+        return size
+
+    @torch.no_grad()
+    def _tells(self) -> bool:
+        """Whether outputs differ between samples."""
+        outputs = self._model(self._samples)
+        return bool((outputs != outputs[:1]).any())
+
+    def _worth(self) -> Tensor:
         """Of all weights with nonzero codes, ascending."""
-        found = [self._in_steps(name, weight).flatten() for name, weight in self._model.weights.items()]
-        magnitudes = torch.cat(found)
-        return magnitudes[magnitudes > 0].sort().values
+        worth = torch.cat([self._worth_of(name, weight).flatten() for name, weight in self._model.weights.items()])
+        return worth[worth > 0].sort().values
 
-    def _in_steps(self, name: str, weight: Tensor) -> Tensor:
-        """Magnitudes in units of the step, of widths of elements their mean's; zero where the code is zero."""
+    def _worth_of(self, name: str, weight: Tensor) -> Tensor:
+        """How much weights matter, in units of the step, of widths of elements their mean's; zero where codes are."""
         tensor, weight = self._model.scheme[name], weight.detach()
         codes = fake_quantize(weight, grid_of(tensor.format, tensor.widths, weight))
         step = tensor.format.step * math.pow(2, tensor.format.width - tensor.mean_width)
-        return weight.abs() / step * (codes != 0)
+        return weight.abs() / step * self._deviations[name] * (codes != 0)
 
     @torch.no_grad()
-    def _prune(self, count: int, magnitudes: Tensor) -> None:
-        least = magnitudes[min(count, len(magnitudes)) - 1]
+    def _prune(self, count: int, worth: Tensor) -> None:
+        least = worth[min(count, len(worth)) - 1]
         for name, weight in self._model.weights.items():
-            self._kept[name][self._in_steps(name, weight) <= least] = 0  # and those that are zero anyway
+            self._kept[name][self._worth_of(name, weight) <= least] = 0  # and those that are zero anyway
             weight.mul_(self._kept[name])

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -70,7 +71,27 @@ class TrainedGrid(NamedTuple):
     values: Grid
 
 
-AnyGrid = Grid | GridOfEach | TrainedGrid
+class TrainedGrids(NamedTuple):
+    """Grids of the slices of a tensor along a dimension, which get a gradient: step and levels of each, `(slices, 3)`.
+
+    A dimension that a reshape made longer than that has several positions in a row for each.
+    """
+
+    tensor: Tensor
+    dim: int
+
+    def quantize(self, x: Tensor, *, relu: bool) -> Tensor:
+        """As `fake_quantize`, by operations of PyTorch's own."""
+        x = x.relu() if relu else x
+        of_each = self.tensor.repeat_interleave(x.shape[self.dim] // len(self.tensor), 0)
+        sizes = [-1 if d == self.dim else 1 for d in range(x.ndim)]
+        step, lo, hi = (column.reshape(sizes) for column in of_each.unbind(1))
+        ratio = x / step
+        level = step * (ratio + (ratio.round() - ratio).detach())
+        return torch.where(level < lo, lo, torch.where(level > hi, hi, level))
+
+
+AnyGrid = Grid | GridOfEach | TrainedGrid | TrainedGrids
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -121,6 +142,11 @@ def fake_quantize(x: Tensor, grid: AnyGrid, *, relu: bool = False) -> Tensor:
 
 def _quantize(xs: Sequence[Tensor], grids: Sequence[AnyGrid], *, relu: bool) -> tuple[Tensor, ...]:
     xs = [x.float() if x.dtype.itemsize < 4 else x for x in xs]
+    if any(isinstance(grid, TrainedGrids) for grid in grids):
+        return tuple(
+            grid.quantize(x, relu=relu) if isinstance(grid, TrainedGrids) else _quantize((x,), (grid,), relu=relu)[0]
+            for x, grid in zip(xs, grids, strict=True)
+        )
     trained = [grid.tensor for grid in grids if isinstance(grid, TrainedGrid)]
     values = [grid.values if isinstance(grid, TrainedGrid) else grid for grid in grids]
     quantized: tuple[Tensor, ...] = _FakeQuantize.apply(values, relu, *xs, *trained)  # type: ignore[no-untyped-call]
@@ -181,8 +207,16 @@ def quantized_linear(
 ) -> Tensor:
     """`F.linear` of `x`, `(batch, n)`, weight and bias, each quantized as by `fake_quantize` if it has a grid.
 
-    `relu`: of `relu(x)`. None of the quantized tensors is kept for the backward pass.
+    `relu`: of `relu(x)`. None of the quantized tensors is kept for the backward pass, but where slices have grids.
     """
+    if any(isinstance(grid, TrainedGrids) for grid in grids):
+        floors = (relu, False, False)
+        return F.linear(
+            *(
+                fake_quantize(value, grid, relu=floor) if grid else value
+                for value, grid, floor in zip((x, weight, bias), grids, floors, strict=True)
+            )
+        )
     trained = [grid.tensor for grid in grids if isinstance(grid, TrainedGrid)]
     values = [grid.values if isinstance(grid, TrainedGrid) else grid for grid in grids]
     result: Tensor = _QuantizedLinear.apply(values, relu, x, weight, bias, *trained)  # type: ignore[no-untyped-call]
@@ -226,7 +260,7 @@ def recomputed(y: Tensor, x: Tensor, grid: AnyGrid) -> AbstractContextManager[No
     `y` may have been flattened since. Backward quantizes `x` again, which costs little beside the layer that reads it.
     Small tensors are kept, and those of mixed precision, whose `x` was converted.
     """
-    if y.numel() < RECOMPUTED or y.dtype != x.dtype or not torch.is_grad_enabled():
+    if y.numel() < RECOMPUTED or y.dtype != x.dtype or not torch.is_grad_enabled() or isinstance(grid, TrainedGrids):
         return nullcontext()
     x, values = x.detach(), grid.values if isinstance(grid, TrainedGrid) else grid
     address, size, shape = y.data_ptr(), y.numel(), y.shape
@@ -302,8 +336,16 @@ class HMQ(nn.Module):
 
     def sample(self, temperature: float, generator: torch.Generator | None = None) -> Tensor:
         """One draw of the joint distribution over pairs, `(tensors, pairs)` (Eq. 4); `generator` is the CPU's."""
-        minus_gumbel = torch.empty(self.logits.shape, dtype=self.logits.dtype).exponential_(generator=generator).log_()
-        return torch.softmax((self.logits - minus_gumbel.to(self.logits.device)) / temperature, dim=1)
+        return _drawn(self.logits, temperature, generator)
+
+    def sample_slices(
+        self, temperature: float, slices: Sequence[int], generator: torch.Generator | None = None
+    ) -> list[Tensor]:
+        """As many draws for each tensor as it has slices, `(slices, pairs)`."""
+        return [
+            _drawn(logits.expand(n, -1), temperature, generator)
+            for logits, n in zip(self.logits.unbind(), slices, strict=True)
+        ]
 
     def grids(self, p: Tensor) -> list[TrainedGrid]:
         """Expected step and levels of each tensor under `p` (Eq. 5–6).
@@ -313,6 +355,10 @@ class HMQ(nn.Module):
         expected = (p.unsqueeze(2) * self.table).sum(1)
         pairs = zip(expected.unbind(), expected.tolist(), strict=True)
         return [TrainedGrid(tensor, Grid(*values)) for tensor, values in pairs]
+
+    def grids_of_slices(self, p: Sequence[Tensor], dims: Sequence[int]) -> list[TrainedGrids]:
+        """The same of each slice of each tensor, along a dimension of it."""
+        return [TrainedGrids(of @ table, dim) for of, table, dim in zip(p, self.table, dims, strict=True)]
 
     def expected_costs(self, p: Tensor) -> list[Tensor]:
         """Each cost of all tensors together under `p`, 0-d: with sizes as prices the bits of Eq. 7."""
@@ -326,6 +372,11 @@ class HMQ(nn.Module):
         """The format of each tensor's most probable pair: what evaluation and phase two use."""
         best = self.logits.argmax(1).tolist()
         return [block[i // self._choices][i % self._choices] for block, i in zip(self.candidates, best, strict=True)]
+
+
+def _drawn(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+    minus_gumbel = torch.empty(logits.shape, dtype=logits.dtype).exponential_(generator=generator).log_()
+    return torch.softmax((logits - minus_gumbel.to(logits.device)) / temperature, dim=1)
 
 
 def least_threshold_log2(maximum: float) -> int:

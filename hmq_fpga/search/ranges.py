@@ -21,7 +21,9 @@ FEW = 1 / 32  # never more of them than this share
 FAR = 2  # octaves beyond the others from where on values are outliers; up to there the paper's rule stands
 CLIPPED_FAR = 3  # octaves by which a search may clip weights, of which some always are
 LEAST_BITS = 4  # fewer lose most weights by themselves
+SHARES = (0.0, 0.01, 0.25, 0.5, 0.75, 1.0)  # of a tensor's values: from the least to the largest
 _ZERO = 127  # place of 2^0 among the counts
+_LEAST = 1e-9  # of a value, so that the least is found
 
 
 @dataclass(eq=False)
@@ -48,6 +50,19 @@ class Magnitudes:
     def beyond(self, log2: int) -> int:
         """How many values exceed `2^log2` in magnitude."""
         return int(self.counts[max(log2 + _ZERO, 0) + 1 :].sum())
+
+    def quantiles(self) -> list[float]:
+        """log2 of the magnitudes below which `SHARES` of the values lie that are not zero; empty where all are zero.
+
+        Within an octave, which is all that is counted, values are taken to lie evenly.
+        """
+        counts, wanted = self.counts[1:], np.maximum(np.array(SHARES) * self.nonzero, _LEAST)
+        if not self.nonzero:
+            return []
+        upto = np.cumsum(counts)
+        octave = np.searchsorted(upto, wanted)
+        within = 1 - (upto[octave] - wanted) / counts[octave]
+        return [round(float(log2), 3) for log2 in octave - _ZERO + within]
 
     @property
     def largest_log2(self) -> int:
@@ -79,7 +94,7 @@ def magnitudes(model: QModel, task: Task, grids: Mapping[str, Grid] | None = Non
     found = {site.name: Magnitudes(_at_once(site)) for site in model.sites}
     for name, weight in model.weights.items():
         found[name].add(weight)
-    for batch in task.x_train.split(task.batch_size):
+    for batch, _ in task.samples("train").in_order(task.batch_size):
         model(batch, grids=grids, observe=lambda name, x: found[name].add(x))
     return found
 
@@ -94,7 +109,7 @@ def clips(model: QModel, task: Task) -> dict[str, Grid]:
     found = {site.name: Magnitudes(_at_once(site)) for site in model.sites if site.name in {*weights, *inputs}}
     for name, weight in weights.items():
         found[name].add(weight)
-    for batch in task.x_train.split(task.batch_size):
+    for batch, _ in task.samples("train").in_order(task.batch_size):
         for name, part in zip(inputs, parted(batch, list(inputs.values())), strict=True):
             found[name].add(part)
     fine = {name: m.threshold_log2 for name, m in found.items() if m.threshold_log2 < m.largest_log2}
@@ -108,7 +123,11 @@ def range_notes(model: QModel, task: Task, *, sparse: bool = False) -> list[str]
     the searches do, outliers of any number, and tensors of which a format makes most values zero that are not.
     `sparse`: zero weights are wanted.
     """
-    found = magnitudes(model, task)
+    return notes_on(model, magnitudes(model, task), sparse=sparse)
+
+
+def notes_on(model: QModel, found: Mapping[str, Magnitudes], *, sparse: bool = False) -> list[str]:
+    """The same of magnitudes that have been gathered."""
     return [note for site in model.sites for note in _notes(site, model.formats[site.name], found[site.name], sparse)]
 
 

@@ -7,8 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import product
 from operator import itemgetter
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from scipy.optimize import LinearConstraint, milp
@@ -17,7 +18,7 @@ from hmq_fpga.ir.cost import FLOAT_BITS, layer_costs
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.search.freeze import outline
-from hmq_fpga.search.graph import QModel, Site, weight_site
+from hmq_fpga.search.graph import QModel, Site
 
 OVERSHOOT = 1.1  # a bound is used up to its part of this, where bit-widths allow it
 DEFAULT_RATE = 8.0
@@ -29,19 +30,21 @@ _Values = np.ndarray[Any, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Bound:
-    """What the bit-widths of weights may cost together.
+    """What the bit-widths of tensors may cost together, in most cases those of the weights.
 
-    The cost is a sum over the weights: of each its bit-width, times the price of one bit.
+    The cost is a sum over the tensors: of each its bit-width, times the price of one bit.
 
     Attributes:
         name: of the cost.
-        prices: by name of the weight.
+        prices: by name of the tensor.
         most: what the sum must not exceed.
+        of: whose bit-widths; of each kind of tensors that has bounds, one is to be used up.
     """
 
     name: str
     prices: Mapping[str, float]
     most: float
+    of: Literal["weights", "activations"] = "weights"
 
     @property
     def rate(self) -> float:
@@ -177,6 +180,13 @@ class Target:
         """The bit-widths that each weight may get, by name."""
         return {site.name: self._own_bits(site.name) or self.bits for site in weight_sites(model)}
 
+    def activation_choices(self, model: QModel) -> dict[str, tuple[int, ...]]:
+        """The bit-widths that input and activations may get where R_a bounds them all together, by name."""
+        return {site.name: tuple(range(1, self._most_bits(site.name) + 1)) for site in activation_sites(model)}
+
+    def _most_bits(self, activation: str) -> int:
+        return (self._own_bits(activation) or (self.max_activation_bits,))[-1]
+
     def _own_bits(self, name: str) -> tuple[int, ...] | None:
         """Of the last pattern that a name matches."""
         return next((bits for p, bits in reversed(list(self.tensor_bits.items())) if fnmatchcase(name, p)), None)
@@ -196,8 +206,7 @@ class Target:
         bits = {}
         for site in activation_sites(model):
             size = max(total for held, total in zip(model.moments, totals, strict=True) if site.name in held)
-            most_bits = (self._own_bits(site.name) or (self.max_activation_bits,))[-1]
-            bits[site.name] = min(int(FLOAT_BITS * max(totals) / rate / size + 1e-9), most_bits)
+            bits[site.name] = min(int(FLOAT_BITS * max(totals) / rate / size + 1e-9), self._most_bits(site.name))
             if bits[site.name] < 1:
                 raise InvalidInput(
                     f"R_a = {rate:g} leaves tensor {site.name!r} (held among {size} values) under 1 bit: "
@@ -222,6 +231,13 @@ def rate_bound(model: QModel, weight_rate: float) -> Bound:
     return Bound(name=RATE, prices=sizes, most=FLOAT_BITS * sum(sizes.values()) / weight_rate)
 
 
+def memory_bound(model: QModel, target: Target) -> Bound:
+    """Input and activations need together no more bits than Eq. 11 gives them."""
+    sizes, bits = {site.name: float(site.size) for site in activation_sites(model)}, target.activation_bits(model)
+    most = sum(bits[name] * size for name, size in sizes.items())
+    return Bound(name="activation bits", prices=sizes, most=most, of="activations")
+
+
 def bops_of_a_bit(model: QModel, activations: Mapping[str, Fixed | int]) -> dict[str, float]:
     """Bit operations for one sample that one more bit of a weight costs, by name of the weight.
 
@@ -231,23 +247,29 @@ def bops_of_a_bit(model: QModel, activations: Mapping[str, Fixed | int]) -> dict
     """
     net = outline(copy.deepcopy(model), activations)
     widths = {op.name: net.formats[op.source].width for op in net.linears}
-    return {weight_site(layer.name): float(layer.macs * widths[layer.name]) for layer in layer_costs(net)}
+    prices: dict[str, float] = {}
+    for layer in layer_costs(net):
+        site = model.weight_sites[layer.name]
+        prices[site] = prices.get(site, 0.0) + layer.macs * widths[layer.name]
+    return prices
 
 
 def meets(bits: Mapping[str, float], bounds: Sequence[Bound]) -> bool:
-    """Whether bit-widths of weights keep the promise: all bounds, and one of them used up but for `OVERSHOOT`."""
-    shares = [bound.cost(bits) / bound.most for bound in bounds]
-    return 1 / OVERSHOOT - _SLACK <= max(shares) <= 1 + _SLACK
+    """Whether bit-widths keep the promise: all bounds, and one of each kind is used up but for `OVERSHOOT`."""
+    shares: dict[str, list[float]] = {}
+    for bound in bounds:
+        shares.setdefault(bound.of, []).append(bound.cost(bits) / bound.most)
+    return all(1 / OVERSHOOT - _SLACK <= max(of_kind) <= 1 + _SLACK for of_kind in shares.values())
 
 
 def cheapest_bits(costs: Mapping[str, Mapping[int, float]], bounds: Sequence[Bound]) -> dict[str, int]:
-    """Bit-widths of weights of least total cost that keep the promise of `meets`, by name.
+    """Bit-widths of least total cost that keep the promise of `meets`, by name.
 
     A multiple-choice knapsack, solved exactly. Where no choice lies within the overshoot (one tensor holds nearly all
     weights, say), the one closest to a bound.
 
     Args:
-        costs: of each weight, by the bit-widths that it may get.
+        costs: of each tensor, by the bit-widths that it may get.
         bounds: on their bit-widths.
 
     Raises:
@@ -255,7 +277,8 @@ def cheapest_bits(costs: Mapping[str, Mapping[int, float]], bounds: Sequence[Bou
     """
     rows = [(i, bits, cost) for i, choices in enumerate(costs.values()) for bits, cost in choices.items()]
     tensor, choice, cost = (np.array(column) for column in zip(*rows, strict=True))
-    shares = np.array([[bound.prices[name] / bound.most for name in costs] for bound in bounds])[:, tensor] * choice
+    prices = np.array([[bound.prices.get(name, 0.0) / bound.most for name in costs] for bound in bounds])
+    shares = prices[:, tensor] * choice
     one_each = LinearConstraint(tensor == np.arange(len(costs))[:, None], 1, 1)
     within = LinearConstraint(shares, -np.inf, 1 + _SLACK)
 
@@ -264,10 +287,12 @@ def cheapest_bits(costs: Mapping[str, Mapping[int, float]], bounds: Sequence[Bou
         found = milp(objective, constraints=constraints, integrality=np.ones(len(choice)), bounds=(0, 1))
         return (math.inf, None) if found.x is None else (float(found.fun), found.x)
 
-    used_up = [solve(cost, LinearConstraint(share, 1 / OVERSHOOT - _SLACK, np.inf)) for share in shares]
+    kinds = sorted({bound.of for bound in bounds})
+    one_of_each = list(product(*([i for i, bound in enumerate(bounds) if bound.of == kind] for kind in kinds)))
+    used_up = [solve(cost, LinearConstraint(shares[[*i]], 1 / OVERSHOOT - _SLACK, np.inf)) for i in one_of_each]
     _, x = min(used_up, key=itemgetter(0))
     if x is None:
-        _, x = min((solve(-share) for share in shares), key=itemgetter(0))
+        _, x = min((solve(-shares[[*i]].sum(0)) for i in one_of_each), key=itemgetter(0))
     if x is None:
         raise InvalidInput(f"no bit-widths keep {' and '.join(bound.name for bound in bounds)}: allow more of one")
     return dict(zip(costs, choice[x > 0.5].tolist(), strict=True))

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -103,6 +103,21 @@ _LABELS = {
 }
 
 
+RANGES_SHOWN = 3  # notes on formats that values do not keep to; steps of a recurrent layer have them all alike
+_SHARES = ("accuracy", "label_accuracy", "f1_micro", "f1_macro")
+_FIGURES = {  # of a run's metrics
+    "metric": "metric",
+    "loss": "loss",
+    "accuracy": "accuracy",
+    "label_accuracy": "labels right",
+    "f1_micro": "F1 of all",
+    "f1_macro": "mean F1",
+    "mse": "squared error",
+    "mae": "absolute error",
+    "r2": "R²",
+}
+
+
 class _LazyWriter:
     """Writes TensorBoard scalars; makes the log's folder with the first one.
 
@@ -143,6 +158,17 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     return grid
 
 
+def scores(metrics: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Figures of merit of the float and of the quantized network; of several targets each, after the output's name."""
+    floats, integers = (
+        {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
+        for prefix in ("float_", "qnet_")
+    )
+    yield "", floats, integers
+    for target in metrics.get("targets", ()):
+        yield target["output"], target["float"], target["qnet"]
+
+
 def summary(folder: Path, record: Mapping[str, Any]) -> Table:
     """The outcome of a run on one screen."""
     metrics, config = record["metrics"], record["config"]
@@ -157,23 +183,31 @@ def summary(folder: Path, record: Mapping[str, Any]) -> Table:
         exceeded = "[red]more than the[/] " if name in missed(metrics) else "at most "
         grid.add_row(BOUNDS[name], f"{reached(metrics, name):,.0f} ({exceeded}{most:,.0f})")
     grid.add_row("R_a", f"{metrics['ra_actual']:.2f} (asked {config['ra']:g})")
-    if metrics["qnet_accuracy"] is None:
-        grid.add_row("squared error", f"{metrics['qnet_mse']:.5g} on the test split (float {metrics['float_mse']:.5g})")
-    else:
-        grid.add_row(
-            "accuracy", f"{metrics['qnet_accuracy']:.2%} on the test split (float {metrics['float_accuracy']:.2%})"
-        )
+    for of, floats, integers in scores(metrics):
+        for name, label in _FIGURES.items():
+            if (value := integers.get(name)) is not None:
+                form = ".2%" if name in _SHARES else ".5g"
+                told = f"{value:{form}} on the test split (float {floats[name]:{form}})"
+                grid.add_row(f"{of}: {label}" if of else label, told)
+    if tries := metrics.get("tries"):
+        told = f"the best of {len(tries)} searches on validation data, of seed {metrics['seed_kept']}"
+        grid.add_row("kept", told)
     grid.add_row("parity", verdict(parity))
+    if "coverage" in parity:
+        grid.add_row("coverage", covered(parity["coverage"]))
     if "apply" in metrics.get("outputs", ""):
         grid.add_row("outputs", escape(metrics["outputs"]))
-    for line in metrics.get("ranges", []):
+    for line in record.get("data", {}).get("notes", []):
+        grid.add_row("data", escape(line))
+    ranges = metrics.get("ranges", [])
+    for line in ranges[:RANGES_SHOWN]:
         grid.add_row("ranges", escape(line))
+    if len(ranges) > RANGES_SHOWN:
+        grid.add_row("ranges", f"and {len(ranges) - RANGES_SHOWN} more, which the report names")
     for line in parity.get("left_out", {}).values():
         grid.add_row("left out", escape(line))
-    asked = {name: layer["reuse_factor"] or config["reuse_factor"] for name, layer in config["layers"].items()}
-    for name, factor in metrics.get("reuse_factors", {}).items():
-        if factor != (wish := asked.get(name, config["reuse_factor"])):
-            grid.add_row("reuse factor", f"{factor} of {name}, the nearest to {wish} that divides its work")
+    for line in metrics.get("hls_limits", []):
+        grid.add_row("hls", escape(line))
     for resources in json.loads((folder / "resources.json").read_text()):
         grid.add_row(resources["stage"], _figures(resources))
     grid.add_row("seconds", ", ".join(f"{name} {value:.1f}" for name, value in metrics["seconds"].items()))
@@ -191,10 +225,52 @@ def verdict(parity: Mapping[str, Any]) -> str:
     return f"{'passed' if parity['passed'] else 'BROKEN'}: {counts}"
 
 
+def covered(coverage: Mapping[str, Any]) -> str:
+    """Coverage in a line: the entry of `parity.json`."""
+    total = sum(coverage[state] for state in ("data", "made", "unreachable", "missed"))
+    return (
+        f"{coverage['data']} of {total} events by the test split, {coverage['made']} by made samples, "
+        f"{coverage['unreachable']} unreachable, {coverage['missed']} missed"
+    )
+
+
+def audit_table(audit: Mapping[str, Any]) -> Table:
+    """Counts, the faults that parity did not catch, and proofs: the content of `audit.json`."""
+    grid = Table(box=None, show_header=False, pad_edge=False)
+    grid.add_column(style="bold")
+    grid.add_column()
+    if audit["mutants"]:
+        grid.add_row(
+            "faults",
+            f"{len(audit['mutants'])} planted: {audit['caught']} caught, {audit['equal']} equal for all inputs, "
+            f"{audit['hole']} holes",
+        )
+    for mutant in audit["mutants"]:
+        if mutant["result"] != "caught":
+            told = f"{mutant['backend']}: {mutant['kind']}, {mutant['where']}, {mutant['change']}: {mutant['reason']}"
+            grid.add_row(mutant["result"], escape(told))
+    for proof in audit["proofs"]:
+        told = f"{proof['state']}, {proof['shown']} of {proof['outputs']} outputs for all inputs"
+        if wrong := proof["counterexample"]:
+            told += f"; output {wrong['output']} is {wrong['actual']}, not {wrong['expected']}, for {wrong['inputs']}"
+        grid.add_row(proof["subject"], escape("; ".join([told, *proof["left"]])))
+    return grid
+
+
 def resources_table(records: Sequence[Mapping[str, Any]]) -> Table:
-    """All figures of `resources.json` entries; a blank is unknown."""
-    keys = ("stage", "tool", "version", "part", "clock_ns", "lut", "ff", "dsp", "bram", "latency_cycles", "ii", "notes")
-    return table(keys, [["" if r[key] is None else escape(str(r[key])) for key in keys] for r in records])
+    """All figures that `resources.json` entries have; a blank is unknown."""
+    counts = ("lut", "ff", "carry", "dsp", "bram", "latency_cycles", "ii")
+    keys = ("stage", "tool", "version", "part", "clock_ns", *counts, "fmax_mhz", "latency_ns", "notes")
+    known = [key for key in keys if any(r.get(key) is not None for r in records)]
+    return table(known, [["" if r.get(key) is None else escape(str(r[key])) for key in known] for r in records])
+
+
+def synthesized(records: Sequence[Mapping[str, Any]], cutoffs: Sequence[Mapping[str, Any]]) -> Group:
+    """What an open tool found, below the figures of the latency cutoffs that it was tried with."""
+    columns = list(dict.fromkeys(key for one in cutoffs for key in one))
+    lines = [[escape(str(one.get(key, ""))) for key in columns] for one in cutoffs]
+    above: list[RenderableType] = [table(columns, lines), ""] if cutoffs else []
+    return Group(*above, resources_table(records))
 
 
 def _figures(resources: Mapping[str, Any]) -> str:
@@ -206,6 +282,8 @@ def _figures(resources: Mapping[str, Any]) -> str:
         "bram": "BRAM",
         "latency_cycles": "cycles",
         "ii": "II",
+        "fmax_mhz": "MHz",
+        "latency_ns": "ns",
     }
-    known = [f"{resources[key]:,} {unit}" for key, unit in units.items() if resources[key]]
+    known = [f"{resources[key]:,} {unit}" for key, unit in units.items() if resources.get(key)]
     return f"{', '.join(known)} ({resources['tool']})"

@@ -5,23 +5,31 @@ from __future__ import annotations
 import importlib.util
 import os
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from hmq_fpga.deploy.settings import IoType
 from hmq_fpga.ir.errors import InvalidInput
+from hmq_fpga.search.samples import Loaded, on_device, parts_of
 from hmq_fpga.search.train import Budget
 from hmq_fpga.search.train import Task as TrainingTask
 from hmq_fpga.study import data
-from hmq_fpga.study.data import Dataset
+from hmq_fpga.study.dataset import Array, Dataset, Split
+from hmq_fpga.study.sources import PLAIN, Options, Part, assemble, part_of, take
+
+
+def _no_file(name: str) -> Callable[..., Any]:
+    raise InvalidInput(f"function {name!r}: give it in your own FILE.py, beside the function that makes the model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +42,14 @@ class Task:
         load: makes the data, given the user's `--data` or None.
         batch_size: samples per optimizer step.
         budget: optimizer steps and learning rates.
+        label_smoothing: share of a class's probability that is spread over all, in training (Szegedy et al., 2016,
+            Section 7): without it small networks learn their training data by heart.
+        input_noise: of training inputs, in deviations of each input value, see `train.Task`.
         threads: of the training; more than one only slows a small network down.
         io_type: of the hls4ml project; streams where full unrolling is out of proportion.
         parity_samples: of the test split, whose parity is proven; None: all.
         source: text of the user's file that builds the model; empty for a task of ours.
+        function: finds a function in that file, by its name.
     """
 
     summary: str
@@ -45,10 +57,13 @@ class Task:
     load: Callable[[Path | None], Dataset]
     batch_size: int = 64
     budget: Budget = field(default_factory=Budget)
+    label_smoothing: float = 0.1
+    input_noise: float = 0.0
     threads: int = 1
     io_type: IoType = "io_parallel"
     parity_samples: int | None = None
     source: str = ""
+    function: Callable[[str], Callable[..., Any]] = field(default=_no_file)
 
 
 def _mlp(*widths: int) -> nn.Module:
@@ -125,6 +140,42 @@ class _OverTime(nn.Module):
         return logits
 
 
+class _Gated(nn.Module):
+    """A GRU over the rows of an image `(1, rows, columns)`, some of them at a step; the last rest is left out."""
+
+    def __init__(self, rows: int, columns: int, hidden: int) -> None:
+        super().__init__()
+        self.rows = rows
+        self.gru = nn.GRU(rows * columns, hidden, batch_first=True)
+        self.head = nn.Linear(hidden, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(batch, 1, rows, columns)` to logits."""
+        steps = x.shape[2] // self.rows
+        states, _ = self.gru(x[:, 0, : steps * self.rows].reshape(x.shape[0], steps, -1))
+        logits: Tensor = self.head(states[:, -1])
+        return logits
+
+
+def _policy() -> Dataset:
+    """States `(x, v, angle, rate)` of a cart with a pole, drawn uniformly, and the force of a saturated feedback."""
+    random = np.random.default_rng(0)
+
+    def drawn(samples: int) -> tuple[Array, Array]:
+        x = random.uniform(-1, 1, (samples, 4)).astype(np.float32)
+        falling = np.sin(1.5 * x[:, 2]) + 0.5 * x[:, 3] * np.cos(1.5 * x[:, 2])
+        force = np.tanh(2.5 * falling + 0.5 * x[:, 0] + 0.75 * x[:, 1] * np.abs(x[:, 1]))
+        return x, force[:, None].astype(np.float32)
+
+    (x_train, y_train), (x_val, y_val), (x_test, y_test) = (drawn(n) for n in (6000, 1000, 3000))
+    return Dataset(x_train=x_train, y_train=y_train, x_val=x_val, y_val=y_val, x_test=x_test, y_test=y_test)
+
+
+def _tanh_mlp(*widths: int) -> nn.Module:
+    """Dense layers of these widths, a tanh after each."""
+    return nn.Sequential(*(layer for n, m in pairwise(widths) for layer in (nn.Linear(n, m), nn.Tanh())))
+
+
 class _Block(nn.Module):
     """Two convolutions and a shortcut, which is a 1x1 convolution where the shape changes."""
 
@@ -167,6 +218,7 @@ TASKS = {
         summary="64-64-32-32-10 on scikit-learn's 8x8 digits",
         build=lambda: _mlp(64, 64, 32, 32, 10),
         load=lambda path: data.load("digits", path),
+        input_noise=0.6,
     ),
     "digits_tiny_cnn": Task(
         summary="two strided convolutions on scikit-learn's 8x8 digits, small enough to unroll",
@@ -186,6 +238,19 @@ TASKS = {
         build=lambda: _mlp(16, 64, 32, 32, 10),
         load=lambda path: data.load("pendigits", path),
         budget=Budget(float_steps=8000, search_steps=4000, finetune_steps=6000),
+    ),
+    "pendigits_shallow": Task(
+        summary="16-64-10 on the UCI pen digits, for few LUTs",
+        build=lambda: _mlp(16, 64, 10),
+        load=lambda path: data.load("pendigits", path),
+        input_noise=0.2,
+        budget=Budget(float_steps=8000, search_steps=4000, finetune_steps=20_000),
+    ),
+    "mnist14_mlp": Task(
+        summary="196-64-10 on MNIST averaged to 14x14, for few LUTs",
+        build=lambda: _mlp(196, 64, 10),
+        load=lambda path: data.halved(data.load("mnist", path)),
+        budget=Budget(float_steps=15_000, search_steps=4000, finetune_steps=20_000),
     ),
     "mnist_cnn": Task(
         summary="three convolutions with BatchNorm on MNIST",
@@ -238,6 +303,25 @@ TASKS = {
         load=lambda path: _frames_last(data.load("fsdd_mfcc", path)),
         budget=Budget(float_steps=2000, search_steps=1500, finetune_steps=2000, float_learning_rate=5e-3),
     ),
+    "fsdd_gru": Task(
+        summary="a GRU over spoken digits, four frames of ten cepstral coefficients at a step",
+        build=lambda: _Gated(4, 10, 24),
+        load=lambda path: data.load("fsdd_mfcc", path),
+        budget=Budget(float_steps=1500, search_steps=800, finetune_steps=1200, float_learning_rate=5e-3),
+    ),
+    "mnist_rows_gru": Task(
+        summary="a GRU over the rows of MNIST, four at a step",
+        build=lambda: _Gated(4, 28, 32),
+        load=lambda path: data.load("mnist", path),
+        batch_size=128,
+        budget=Budget(float_steps=3000, search_steps=1200, finetune_steps=1800, float_learning_rate=5e-3),
+    ),
+    "tanh_policy": Task(
+        summary="4-32-32-1 with tanh that balances a pole: a regression on a saturated feedback",
+        build=lambda: _tanh_mlp(4, 32, 32, 1),
+        load=lambda path: _policy(),  # noqa: ARG005
+        budget=Budget(float_steps=4000, search_steps=2000, finetune_steps=4000),
+    ),
     "digits_autoencoder": Task(
         summary="64-32-16-32-64 that reconstructs scikit-learn's digits: a regression",
         build=lambda: _mlp(64, 32, 16, 32, 64),
@@ -254,6 +338,16 @@ TASKS = {
         io_type="io_stream",
         parity_samples=1000,
     ),
+    "resnet20_cifar": Task(
+        summary="ResNet-20 of the CIFAR papers, 272k parameters, on CIFAR-10 (JPEG); hours of training",
+        build=lambda: _resnet((16, 32, 64), blocks=3),
+        load=lambda path: data.load("cifar10_jpeg", path),
+        batch_size=128,
+        threads=_CORES,
+        budget=Budget(float_steps=12_000, search_steps=6000, finetune_steps=4000, float_learning_rate=5e-3),
+        io_type="io_stream",
+        parity_samples=100,
+    ),
     "resnet18_cifar": Task(
         summary="ResNet-18, 11M parameters, on CIFAR-10 (JPEG); hours of training",
         build=lambda: _resnet((64, 128, 256, 512), blocks=2),
@@ -267,11 +361,25 @@ TASKS = {
 }
 
 
-_OVER_SEQUENCES = (nn.Conv1d, nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveMaxPool1d, nn.AdaptiveAvgPool1d)
+_OVER_SEQUENCES = (
+    *(nn.Conv1d, nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveMaxPool1d, nn.AdaptiveAvgPool1d),
+    *(nn.RNNBase, nn.MultiheadAttention),
+)
 
 
-def resolve(name: str) -> Task:
+def over_sequences(model: nn.Module) -> bool:
+    """Whether samples of two dimensions are sequences to a model, `(channels, length)`, not images."""
+    return any(isinstance(m, _OVER_SEQUENCES) for m in model.modules())
+
+
+def resolve(name: str, options: Options = PLAIN) -> Task:
     """The named task, or the one of a user's `FILE.py:FUNCTION`, whose function returns the float module.
+
+    A function `data` in the same file makes the data, where no file of them is named; see `sources.take`.
+
+    Args:
+        name: of the task.
+        options: how the user's own data are to be taken.
 
     Raises:
         InvalidInput: when there is no such task, file or function, or the function makes no module.
@@ -281,29 +389,46 @@ def resolve(name: str) -> Task:
     file, separator, function = name.rpartition(":")
     if not separator or not file.endswith(".py"):
         raise InvalidInput(f"unknown task {name!r}; there are {', '.join(TASKS)}, or give FILE.py:FUNCTION")
-    build = _function(Path(file), function)
+    own = _imported(Path(file))
+    build = _function(own, file, function)
+
+    def made_by(function: Callable[[], object], called: str) -> object:
+        try:
+            return function()
+        except InvalidInput:
+            raise
+        except Exception as error:  # it is the user's code: anything can come out of it
+            path = str(Path(file).absolute())
+            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+            where = f" in line {lines[-1]}" if lines else ""
+            raise InvalidInput(f"{called}: fails{where}: {type(error).__name__}: {error}") from error
 
     def module() -> nn.Module:
-        try:
-            made = build()
-        except Exception as error:  # it is the user's code: anything can come out of it
-            own = str(Path(file).absolute())
-            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == own]
-            where = f" in line {lines[-1]}" if lines else ""
-            raise InvalidInput(f"{name}: fails{where}: {type(error).__name__}: {error}") from error
+        made = made_by(build, name)
         if not isinstance(made, nn.Module):
             raise InvalidInput(f"{name}: must return a torch module, returned {type(made).__name__}")
         return made
 
     def load(path: Path | None) -> Dataset:
-        if path is None:
-            raise InvalidInput(f"{name}: give the data of your own model with --data FILE.npz")
-        return data.load_npz(path, sequences=any(isinstance(m, _OVER_SEQUENCES) for m in module().modules()))
+        called = f"{file}:data"
+        if path is None and not hasattr(own, "data"):
+            raise InvalidInput(
+                f"{name}: give the data of your own model with --data FILE.npz, or by a function data() beside it"
+            )
+        given = made_by(_function(own, file, "data"), called) if path is None else path
+        where = called if path is None else str(path)
+        return take(given, where, replace(options, sequences=over_sequences(module())))
 
-    return Task(summary=name, build=module, load=load, source=Path(file).read_text())
+    return Task(
+        summary=name,
+        build=module,
+        load=load,
+        source=Path(file).read_text(),
+        function=lambda wanted: _function(own, file, wanted),
+    )
 
 
-def _function(file: Path, name: str) -> Callable[[], object]:
+def _imported(file: Path) -> ModuleType:
     if not file.is_file():
         raise InvalidInput(f"{file}: no such file; give FILE.py:FUNCTION")
     spec = importlib.util.spec_from_file_location(file.stem, file)
@@ -313,23 +438,91 @@ def _function(file: Path, name: str) -> Callable[[], object]:
         spec.loader.exec_module(module)
     except Exception as error:  # it is the user's code: anything can come out of it
         raise InvalidInput(f"{file}: cannot be imported: {type(error).__name__}: {error}") from error
-    function: Callable[[], object] | None = getattr(module, name, None)
+    return module
+
+
+def _function(module: ModuleType, file: str, name: str) -> Callable[..., Any]:
+    function: Callable[..., Any] | None = getattr(module, name, None)
     if not callable(function):
         raise InvalidInput(f"{file}: no function {name!r} in it")
     return function
 
 
-def training_task(dataset: Dataset, batch_size: int, device: str = "cpu") -> TrainingTask:
-    """The part of a data set that a search may see, on a device: its test split stays behind."""
+def training_task(
+    dataset: object,
+    batch_size: int = 64,
+    device: str = "cpu",
+    *,
+    val: object = None,
+    options: Options = PLAIN,
+    class_weights: Literal["balanced"] | Sequence[float] | None = None,
+    **settings: Any,
+) -> TrainingTask:
+    """The part of a data set that a search may see, on a device: its test split stays behind.
 
-    def moved(array: np.ndarray[Any, Any]) -> Tensor:
-        return torch.from_numpy(array).to(device)
+    Args:
+        dataset: a `Dataset`; or what `sources.take` takes, or the training split alone: a torch `Dataset` or
+            `DataLoader`, arrays `(x, y)` or `(x, y, weights)`, a data frame, or a table.
+        batch_size: samples per optimizer step; a `DataLoader` has its own.
+        device: of the batches.
+        val: the validation split of a training split, likewise; by default a part of that.
+        options: how to take the data.
+        class_weights: how much the samples of each class count, or `balanced`: every class as much as any other.
+        settings: of the `Task`: `custom_loss`, `metric`, `optimizer`, `scheduler`, `label_smoothing`, `input_noise`,
+            `output_shapes`.
+
+    Raises:
+        InvalidInput: naming what is wrong with the data or the settings.
+    """
+    if isinstance(dataset, Dataset | str | Path | Mapping) and val is None:
+        return _of_dataset(take(dataset, options=options), batch_size, device, class_weights, settings)
+    parts: dict[Split, Part] = {"train": part_of(dataset, "train", options)}
+    if val is not None:
+        parts["val"] = part_of(val, "val", options)
+    train = parts["train"]
+    if isinstance(train, Loaded):
+        batch_size = train.batch_size or batch_size
+    return _of_dataset(assemble(parts, "", options), batch_size, device, class_weights, settings)
+
+
+def _of_dataset(
+    dataset: Dataset,
+    batch_size: int,
+    device: str,
+    class_weights: Literal["balanced"] | Sequence[float] | None,
+    settings: Mapping[str, Any],
+) -> TrainingTask:
+    def moved(arrays: Any) -> Any:
+        return tree_map(lambda array: torch.from_numpy(array).to(device), arrays)
 
     return TrainingTask(
         x_train=moved(dataset.x_train),
         y_train=moved(dataset.y_train),
         x_val=moved(dataset.x_val),
         y_val=moved(dataset.y_val),
-        batch_size=batch_size,
+        w_train=None if dataset.w_train is None else moved(dataset.w_train),
+        w_val=None if dataset.w_val is None else moved(dataset.w_val),
+        streams={split: on_device(of, device) for split, of in dataset.streams.items() if split != "test"},
+        batch_size=dataset.samples("train").batch_size or batch_size,
         input_shapes=dataset.input_shapes,
+        class_names=dataset.class_names,
+        notes=dataset.notes,
+        class_weights=None if class_weights is None else _class_weights(dataset, class_weights, batch_size).to(device),
+        **settings,
     )
+
+
+def _class_weights(dataset: Dataset, wanted: Literal["balanced"] | Sequence[float], batch_size: int) -> Tensor:
+    if dataset.kind != "classes":
+        raise InvalidInput("class_weights: are for data that have one class a sample")
+    if not isinstance(wanted, str):
+        weights = torch.tensor([float(weight) for weight in wanted])
+        if len(weights) < dataset.classes or not (weights >= 0).all() or not weights.any():
+            raise InvalidInput(f"class_weights: {len(weights)} weights for {dataset.classes} classes, none negative")
+        return weights
+    counts = torch.zeros(dataset.classes)
+    for _, y in dataset.samples("train").in_order(batch_size):
+        counts += torch.bincount(parts_of(y)[0], minlength=len(counts))
+    if not counts.all():
+        raise InvalidInput(f"class_weights: class {int(counts.argmin())} has no training sample: give weights")
+    return counts.sum() / (len(counts) * counts)

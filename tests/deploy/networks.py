@@ -1,10 +1,14 @@
 """Small networks, op by op."""
 
+from pathlib import Path
+
 import numpy as np
 
+from hmq_fpga.deploy.rtl.project import RtlProject
 from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.ir.network import QNet
 from hmq_fpga.ir.ops import Conv, Dense, DepthwiseConv, Flatten, Input, MaxPool, Quantize, Scale
+from hmq_fpga.study.run.stages import FORMAT, write_json
 
 
 def scheme(*, signed: bool, bits: int, m: int) -> Fixed:
@@ -66,3 +70,39 @@ class Builder:
             if op.name == wanted:
                 ops, wanted = [op, *ops], getattr(op, "source", None)
         return QNet(tuple(ops)).shapes[name]
+
+
+def small_mlp() -> QNet:
+    """Four inputs and two heads of different grids; some 270 LUTs."""
+    rng = np.random.default_rng(0)
+
+    def dense(name, source, shape, bias_of):
+        return Dense(
+            name=name,
+            source=source,
+            weight=rng.integers(-8, 8, shape),
+            weight_format=Fixed(signed=True, width=4, frac=0),
+            bias=rng.integers(-40, 40, bias_of),
+        )
+
+    return QNet(
+        (
+            Input(name="x", shape=(4,), format=Fixed(signed=False, width=4, frac=4)),
+            dense("hidden", "x", (4, 6), 6),
+            Quantize(name="relu", source="hidden", format=Fixed(signed=False, width=3, frac=3)),
+            dense("dense", "relu", (6, 3), 3),
+            dense("second", "relu", (6, 2), 2),
+            Quantize(name="coarse", source="second", format=Fixed(signed=True, width=4, frac=1)),
+        ),
+        ("dense", "coarse"),
+    )
+
+
+def run_folder(project: RtlProject, folder: Path, *, latency_cutoff: float = 4.0) -> Path:
+    """What a run leaves, as far as tools of open RTL read it."""
+    project.net.save(folder / "qnet")
+    project.written_again(folder / "rtl", latency_cutoff=latency_cutoff)
+    config = {"task": "digits_mlp", "latency_cutoff": latency_cutoff, "rw": 8.0, "method": "hmq", "ra": 4.0, "seed": 0}
+    record = {"format": FORMAT, "config": config, "resolved": {"io_type": "io_parallel"}, "stages": {}}
+    write_json(folder / "run.json", record)
+    return folder

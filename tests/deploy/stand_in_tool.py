@@ -1,7 +1,8 @@
 """Stands in for vitis-run, vitis_hls, vivado_hls and vivado: their arguments, exit codes, log lines and file layout.
 
 Called as `stand_in_tool.py NAME ARGUMENTS…` in a project's folder. `STAND_IN` in the environment says what happens:
-success, synthesis failure, cosim failure (exit code 0), csim mismatch, cosim mismatch, licence failure, hang, crash.
+success, synthesis failure, cosim failure (exit code 0), csim mismatch, cosim mismatch, licence failure, hang, crash,
+routing failure.
 """
 
 import os
@@ -13,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from vendor_texts import Figures, cosim_text, csynth_text, csynth_xml, utilization_text
+from vendor_texts import Figures, cosim_text, csynth_text, csynth_xml, timing_text, utilization_text
 
 VERSIONS = {"vitis-run": "2024.2", "vitis_hls": "2023.1", "vivado_hls": "2019.2", "vivado": "2024.2"}
 BANNERS = {
@@ -34,6 +35,8 @@ def main(name: str, arguments: list[str]) -> int:
     say(BANNERS[name].format(version))
     if arguments in (["-version"], ["--version"]):
         return 0
+    if arguments[-1] == "vivado.tcl":
+        return route(arguments, scenario, version)
     settings = dict(re.findall(r'^set (\w+) "?([^"\n]*)"?$', Path("project.tcl").read_text(), re.MULTILINE))
     top = settings["project_name"]
     figures = Figures(
@@ -54,6 +57,44 @@ def main(name: str, arguments: list[str]) -> int:
         Path("vivado_synth.rpt").write_text(utilization_text(figures))
         return 0
     return hls(options(name, arguments), scenario, figures)
+
+
+def route(arguments: list[str], scenario: str, version: str) -> int:
+    """Vivado on the script of a network's Verilog, whose commands must come in Vivado's order."""
+    assert arguments == ["-mode", "batch", "-source", "vivado.tcl"], arguments
+    script = Path("vivado.tcl").read_text().replace("\\\n", " ")
+    commands = [line.split() for line in script.splitlines() if line and not line.startswith("#")]
+    clocked = any(command[0] == "read_xdc" for command in commands)
+    constrained = (
+        ["read_xdc", "synth_design"]
+        if clocked
+        else ["synth_design", "create_clock", "set_input_delay", "set_output_delay"]
+    )
+    flow = [
+        "opt_design",
+        "place_design",
+        "phys_opt_design",
+        "route_design",
+        "report_utilization",
+        "report_timing_summary",
+    ]
+    assert [command[0] for command in commands] == ["read_verilog", *constrained, *flow], commands
+    by_name = {command[0]: command for command in commands}
+    sources = [word.strip("[]") for word in by_name["read_verilog"][2:]]
+    synthesis = dict(zip(by_name["synth_design"][1::2], by_name["synth_design"][2::2], strict=True))
+    assert synthesis["-mode"] == "out_of_context"
+    assert f"module {synthesis['-top']} " in "".join(Path(source).read_text() for source in sources)
+    if clocked:
+        period = re.findall(r"(?m)^set clock_period (.+)$", Path(by_name["read_xdc"][-1]).read_text())[0]
+    else:
+        period = by_name["create_clock"][-1]
+    if scenario == "routing failure":
+        say("ERROR: [Place 30-640] Place Check : This design requires more Slice LUTs cells than are available")
+        return 1
+    figures = Figures(version=version, top=synthesis["-top"], part=synthesis["-part"], clock_ns=float(period))
+    Path(by_name["report_utilization"][-1]).write_text(utilization_text(figures, "Routed"))
+    Path(by_name["report_timing_summary"][-1]).write_text(timing_text(figures, 0.625))
+    return 0
 
 
 def options(name: str, arguments: list[str]) -> dict[str, bool]:

@@ -345,7 +345,7 @@ def test_names_that_hls4ml_would_mix_up_are_told_apart(samples, tmp_path):
 
 
 def test_unknown_options_are_refused(mlp, tmp_path):
-    with pytest.raises(InvalidInput, match="'vitis' is none of Vitis, Vivado"):
+    with pytest.raises(InvalidInput, match="'vitis' is none of Vitis, Vivado, VivadoAccelerator"):
         HlsProject.create(mlp, tmp_path / "hls", backend="vitis")
 
 

@@ -35,7 +35,7 @@ from hmq_fpga.ir.ops import (
     Subtract,
     Table,
 )
-from tests.deploy.networks import Builder
+from tests.deploy.networks import Builder, small_mlp
 from tests.strategies import SEEDS, inputs, qnets
 
 
@@ -128,19 +128,7 @@ def project(tmp_path_factory) -> RtlProject:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> RtlProject:
-    rng = np.random.default_rng(0)
-    net = QNet(
-        (
-            Input(name="x", shape=(4,), format=unsigned(4, 4)),
-            dense(rng.integers(-8, 8, (4, 6)), rng.integers(-40, 40, 6), name="hidden", width=4),
-            Quantize(name="relu", source="hidden", format=unsigned(3, 3)),
-            dense(rng.integers(-8, 8, (6, 3)), rng.integers(-40, 40, 3), source="relu", width=4),
-            dense(rng.integers(-8, 8, (6, 2)), rng.integers(-40, 40, 2), source="relu", name="second", width=4),
-            Quantize(name="coarse", source="second", format=signed(4, 1)),
-        ),
-        ("dense", "coarse"),
-    )
-    return RtlProject.create(net, tmp_path_factory.mktemp("tiny") / "rtl", latency_cutoff=1.0)
+    return RtlProject.create(small_mlp(), tmp_path_factory.mktemp("tiny") / "rtl", latency_cutoff=1.0)
 
 
 def test_the_verilog_computes_the_network_with_a_new_sample_at_every_clock(project, samples):

@@ -18,6 +18,7 @@ from hmq_fpga.deploy import toolchain
 from hmq_fpga.deploy.hls.project import RECORD, HlsProject
 from hmq_fpga.deploy.parity import check
 from hmq_fpga.deploy.report import Resources
+from hmq_fpga.deploy.rtl.project import RtlProject
 from hmq_fpga.deploy.toolchain import ToolMissing
 from hmq_fpga.deploy.vendor.pack import RETURNED, collect, pack
 from hmq_fpga.deploy.vendor.run import SimulationLog, Target, examine, read_inputs, synthesize, write_options
@@ -43,6 +44,11 @@ def vitis(mlp, samples, tmp_path_factory) -> HlsProject:
 @pytest.fixture(scope="module")
 def vivado(mlp, samples, tmp_path_factory) -> HlsProject:
     return make_project(mlp, samples(mlp, 5), tmp_path_factory.mktemp("vivado") / "hls", "Vivado")
+
+
+@pytest.fixture(scope="module")
+def verilog(mlp, tmp_path_factory) -> RtlProject:
+    return RtlProject.create(mlp, tmp_path_factory.mktemp("verilog") / "rtl")
 
 
 @pytest.fixture
@@ -426,6 +432,79 @@ def test_pack_run_and_collect(vendor, request, mlp, tools, tmp_path):
     (work / "exit_code").unlink()  # as after a run by hand
     assert collect(mlp, work, tmp_path / "unused").records == here.records
     assert not (tmp_path / "unused").exists()
+
+
+def routed(clock_ns: float, cycles: int) -> Resources:
+    """What the stand-in's routing gives: 0.625 ns to spare."""
+    f, achieved = Figures(), clock_ns - 0.625
+    bram, dsp, ff, lut, _ = f.total
+    return Resources(
+        stage="rtl_impl",
+        tool="Vivado",
+        version="2024.2",
+        part=f.part,
+        clock_ns=clock_ns,
+        achieved_clock_ns=achieved,
+        lut=lut,
+        ff=ff,
+        dsp=dsp,
+        bram=bram,
+        latency_cycles=cycles,
+        ii=1,
+        fmax_mhz=round(1000 / achieved, 1),
+        latency_ns=max(cycles, 1) * achieved,
+        notes="design state Routed; timing met; the Verilog, out of context: no pads; delays of the constraints "
+        "included",
+    )
+
+
+def test_the_verilog_is_routed_elsewhere(vitis, verilog, mlp, cnn, tools, tmp_path, monkeypatch):
+    """After HLS, or by Vivado alone; and its failure is not HLS's."""
+    pack(vitis, mlp, tmp_path / "p.tar.gz", rtl=verilog.folder)
+    tools("vivado")
+    ran = run_elsewhere(tmp_path / "p.tar.gz", tmp_path / "alone")
+    assert ran.returncode == 0 and "HLS is left out: vitis-run or vitis_hls is not on PATH" in ran.stderr
+    expected = routed(5.0, verilog.latency_cycles)
+    work = tmp_path / "alone" / "p"
+    alone = collect(mlp, work / RETURNED, tmp_path / "collected")
+    assert alone.passed and (alone.records, alone.parity) == ((expected,), None)
+    assert collect(mlp, work, tmp_path / "unused").records == (expected,)
+    with pytest.raises(InvalidInput, match="made from the QNet"):
+        pack(vitis, mlp, tmp_path / "q.tar.gz", rtl=RtlProject.create(cnn, tmp_path / "rtl").folder)
+
+    pack(vitis, mlp, tmp_path / "fast.tar.gz", rtl=verilog.folder, clock_ns=2.5)
+    tools(*PROGRAMS["vitis"])
+    assert run_elsewhere(tmp_path / "fast.tar.gz", tmp_path / "both").returncode == 0
+    work = tmp_path / "both" / "fast"
+    both = collect(mlp, work / RETURNED, tmp_path / "collected")
+    assert both.passed and stages(both) == ["csynth", "cosim", "vsynth", "rtl_impl"]
+    assert both.records[-1] == routed(2.5, verilog.latency_cycles)
+    utilization = work / "rtl" / "utilization.rpt"
+    for change, failure in {
+        ("xcvu13p", "xcku115"): "of a xcvu13p-flga2577-2-e, but the utilization is of a xcku115|not its report",
+        ("State : Routed", "State : Synthesized"): "timing of stage impl",
+        ("Design       : network_wrapper", "Design       : myproject"): "expected 'network_wrapper'",
+    }.items():
+        text = utilization.read_text()
+        utilization.write_text(text.replace(*change))
+        wrong = collect(mlp, work, tmp_path / "unused")
+        assert stages(wrong) == ["csynth", "cosim", "vsynth"] and re.search(failure, wrong.failures[0]), wrong.failures
+        utilization.write_text(text)
+
+    monkeypatch.setenv("STAND_IN", "routing failure")
+    assert run_elsewhere(tmp_path / "fast.tar.gz", tmp_path / "large").returncode == 1
+    failed = collect(mlp, tmp_path / "large" / "fast" / RETURNED, tmp_path / "collected")
+    assert stages(failed) == ["csynth", "cosim", "vsynth"] and failed.parity.passed
+    assert re.search(r"exit code 1: ERROR: \[Place 30-640\].*rtl/build\.log", " ".join(failed.failures))
+
+
+def test_combinational_verilog_is_routed_between_the_edges_of_a_clock_of_no_port(vitis, mlp, tools, tmp_path):
+    rtl = RtlProject.create(mlp, tmp_path / "rtl", latency_cutoff=None).folder
+    pack(vitis, mlp, tmp_path / "p.tar.gz", rtl=rtl, clock_ns=20)
+    tools("vivado")
+    assert run_elsewhere(tmp_path / "p.tar.gz", tmp_path / "there").returncode == 0
+    outcome = collect(mlp, tmp_path / "there" / "p" / RETURNED, tmp_path / "collected")
+    assert outcome.passed and outcome.records == (routed(20.0, 0),)
 
 
 @pytest.mark.filterwarnings("ignore:Python 3.14 will:DeprecationWarning")

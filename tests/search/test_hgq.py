@@ -156,7 +156,7 @@ def test_price_follows_the_bits(mlp, digits):
     *_, history = find_scheme(
         instrumented(mlp, digits), digits, Budget(search_steps=600), Target(weight_rate=14), method="hgq"
     )
-    assert history["rate_target"][0] == pytest.approx(4, rel=0.02)  # eight bits each, but for the zeros among them
+    assert history["rate_target"][0] == pytest.approx(4, rel=0.03)  # eight bits each, but for the zeros among them
     assert history["rate_target"][-1] == 14
     assert history["rate_actual"][-1] == pytest.approx(14, rel=0.25)  # before the repair
     assert max(history["price"]) > 5 * history["price"][0]
@@ -324,7 +324,7 @@ def test_zeros_can_be_asked_for_beside_widths(mlp, digits):
         shares = [share_of_zeros(weight, scheme[name].format, scheme[name].widths) for scheme in (found, wider)]
         assert abs(shares[1] - 0.7) <= abs(shares[0] - 0.7)
     goal = Nonzeros(0.8)
-    finetune(model, digits, steps=200, learning_rate=2e-3, seed=0, shaping=Pruning(model, goal))
+    finetune(model, digits, steps=200, learning_rate=2e-3, seed=0, shaping=Pruning(model, goal, digits))
     zeros = np.concatenate([op.weight.ravel() for op in freeze(model).linears]) == 0
     assert zeros.mean() == pytest.approx(1 - goal.size(model))
     assert zeros.mean() >= 0.8

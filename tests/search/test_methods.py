@@ -1,6 +1,7 @@
 import copy
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -209,8 +210,8 @@ def test_repair_is_recorded(mlp, digits):
     assert all(before == 8 and scheme[name].format.width == after for name, (before, after) in repaired.items())
 
 
-def bound(most, **prices):
-    return Bound(name="cost", prices=prices, most=most)
+def bound(most, *, of="weights", **prices):
+    return Bound(name="cost", prices=prices, most=most, of=of)
 
 
 def test_repair_takes_the_cheapest_moves():
@@ -221,6 +222,13 @@ def test_repair_takes_the_cheapest_moves():
     assert cheapest_bits(costs | {"a": {4: 0.0}}, [rate_6]) == {"a": 4, "b": 8, "c": 4}  # it may get no other
     dear = bound(1300, a=200, b=10, c=10)
     assert cheapest_bits(costs, [rate_6, dear]) == {"a": 4, "b": 8, "c": 4}  # of two bounds one is used up
+    lower = {"d": {2: 0.0, 4: 0.1}}  # an activation, bounded by itself
+    other = bound(40, of="activations", d=10)
+    both = cheapest_bits(costs | lower, [rate_6, other])
+    assert both == {"a": 8, "b": 4, "c": 4, "d": 4}
+    assert meets(both, [rate_6, other])
+    assert not meets({"a": 2, "b": 2, "c": 2, "d": 4}, [rate_6, other])  # what is left of one excuses none of another
+    assert not meets(both | {"d": 2}, [rate_6, other])
     lone = cheapest_bits({"a": {2: 0.0, 4: 0.0, 8: 0.0}}, [bound(32 / 9, a=1)])
     assert lone == {"a": 2}  # only 2, 4 and 8 can be had: the closest below the bound
     assert not meets(lone, [bound(32 / 9, a=1)])
@@ -325,3 +333,29 @@ def test_optimizer_is_pytorchs(plain, mlp, digits, monkeypatch):
         torch.testing.assert_close(parameter, other, rtol=1e-5, atol=1e-5)
         assert parameter.untyped_storage().nbytes() == 4 * parameter.numel()
         assert parameter.grad is None
+
+
+def test_optimizer_keeps_the_order_of_memory(digits):
+    """Channels last stay so, and are stepped as PyTorch's own RAdam steps them; in lower precision likewise."""
+    torch.manual_seed(0)
+    layers = torch.nn.Conv2d(1, 8, 3), torch.nn.Conv2d(8, 8, 3), torch.nn.Flatten(), torch.nn.Linear(128, 10)
+    model = torch.nn.Sequential(*layers).to(memory_format=torch.channels_last)
+    oracle = copy.deepcopy(model)
+    ours, expected = RAdam((model.parameters(), 1e-2)), torch.optim.RAdam(oracle.parameters(), lr=1e-2, betas=BETAS)
+    strides = model[1].weight.stride()
+    assert not model[1].weight.is_contiguous()
+    x = digits.x_train.view(-1, 1, 8, 8)
+    for batch in x[:640].split(64):
+        ours.step(model(batch).square().mean())
+        assert model[1].weight.stride() == strides
+        expected.zero_grad()
+        oracle(batch).square().mean().backward()
+        expected.step()
+    ours.release()
+    for parameter, other in zip(model.parameters(), oracle.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other, rtol=1e-4, atol=1e-5)
+    task = replace(digits, x_train=x, x_val=digits.x_val.view(-1, 1, 8, 8))
+    fit(model, task, steps=200, learning_rate=5e-3, seed=0, autocast=torch.bfloat16)
+    assert model[1].weight.stride() == strides
+    assert model[1].weight.dtype == torch.float32
+    assert evaluate(model, task)["val_accuracy"] > 0.8

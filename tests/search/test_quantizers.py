@@ -10,10 +10,12 @@ from hmq_fpga.search.quantizers import (
     HMQ,
     Grid,
     TrainedGrid,
+    TrainedGrids,
     fake_quantize,
     fake_quantize_all,
     initial_gap,
     least_threshold_log2,
+    quantized_linear,
 )
 
 FORMATS = [
@@ -134,6 +136,32 @@ def test_several_tensors_at_once_are_each_by_itself():
     ]
     for ours, oracle in zip(*results, strict=True):
         torch.testing.assert_close(ours, oracle, rtol=0, atol=0)
+
+
+def test_grids_of_slices_are_each_by_itself():
+    """Also where a reshape put several positions of a sample in a row, and inside a linear layer."""
+    tensor = torch.tensor([[0.2, -1.0, 0.8], [0.3, 0.0, 0.9], [0.1, -0.5, 0.4]], requires_grad=True)
+    x = torch.randn(6, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    weight = torch.randn(4, 5, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    bias, constant = torch.zeros(4), Grid.of(FORMATS[0])
+
+    def each(x):
+        parts = x.split(2)
+        return torch.cat([fake_quantize(p, trained_grid(t)) for p, t in zip(parts, tensor, strict=True)])
+
+    grids = TrainedGrids(tensor, 0)
+    for ours, oracle in (
+        (fake_quantize(x, grids), each(x)),
+        (fake_quantize_all((x, bias), (grids, constant))[0], each(x)),
+        (fake_quantize(x.t(), TrainedGrids(tensor, 1)).t(), each(x)),
+        (
+            quantized_linear(x, weight, bias, grids=(grids, constant, None)),
+            each(x) @ fake_quantize(weight, constant).t(),
+        ),
+    ):
+        results = [(y, *torch.autograd.grad(y.square().sum(), (x, tensor))) for y in (ours, oracle)]
+        for found, wanted in zip(*results, strict=True):
+            torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("trained", [True, False])

@@ -9,7 +9,7 @@ from torch import nn
 
 from hmq_fpga.search.calibrate import SAMPLES, least_error_format, least_error_formats, max_thresholds_log2
 from hmq_fpga.search.methods import find_scheme
-from hmq_fpga.search.ranges import Magnitudes, clips, range_notes
+from hmq_fpga.search.ranges import SHARES, Magnitudes, clips, range_notes
 from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.target import Target
 from hmq_fpga.search.train import Budget, Task, evaluate, finetune, fit
@@ -170,3 +170,17 @@ def test_least_error_is_not_decided_by_an_outlier():
     x[0] = 2.0**20
     assert least_error_format(x, **settings) == expected
     assert expected.threshold_log2 == -1
+
+
+def test_quantiles_are_right_to_an_octave():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5000, generator=generator) * torch.exp2(3 * torch.randn(5000, generator=generator))
+    x[:500] = 0
+    found = Magnitudes(1)
+    for part in x.split(700):
+        found.add(part)
+    exact = np.quantile(np.log2(np.abs(x[500:].numpy())), SHARES)
+    np.testing.assert_allclose(found.quantiles(), exact, atol=1)
+    assert found.quantiles() == sorted(found.quantiles())
+    assert found.quantiles()[-1] == found.largest_log2
+    assert Magnitudes(1).quantiles() == []

@@ -9,7 +9,7 @@ from hmq_fpga.ir.errors import UnsupportedLayer
 from hmq_fpga.search.graph import QModel
 from hmq_fpga.search.layers import Activation, Affine, AvgPool
 from hmq_fpga.search.reading.exported import export
-from hmq_fpga.search.reading.operations import MOVES, TABLE
+from hmq_fpga.search.reading.operations import MOVES
 from hmq_fpga.search.reading.reader import Reader
 from hmq_fpga.search.reading.simplify import (
     fold_affines,
@@ -19,6 +19,7 @@ from hmq_fpga.search.reading.simplify import (
     settle_means,
 )
 from hmq_fpga.search.reading.sites import place_sites
+from hmq_fpga.search.reading.table import TABLE
 
 
 class Net(nn.Module):

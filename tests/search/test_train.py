@@ -13,13 +13,14 @@ from hmq_fpga.ir import reference
 from hmq_fpga.ir.errors import UnsupportedLayer
 from hmq_fpga.search.freeze import freeze, run_codes
 from hmq_fpga.search.methods import find_scheme
+from hmq_fpga.search.metrics import accuracy
 from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.target import Target
 from hmq_fpga.search.train import (
     Budget,
     Distillation,
     Task,
-    accuracy,
+    batches,
     evaluate,
     finetune,
     finished,
@@ -127,9 +128,17 @@ def test_search_and_finetuning_learn_what_comes_after_a_tanh():
     assert quantized(model, task, 4, keep_final=True)["val_loss"] < before + 0.002
 
 
+def test_a_kept_softmax_is_part_of_the_network():
+    model = nn.Sequential(nn.Linear(8, 4), nn.Softmax(1))
+    x = torch.randn(20, 8)
+    kept, left_out = (instrument(model, (8,), keep_final=keep) for keep in (True, False))
+    torch.testing.assert_close(kept(x, {}), model(x))
+    torch.testing.assert_close(left_out(x, {}), model[0](x))
+
+
 def test_what_a_kept_final_function_cannot_be():
-    with pytest.raises(UnsupportedLayer, match=r"'1' \(Softmax\): is no function of one value, so hardware cannot"):
-        instrument(nn.Sequential(nn.Linear(8, 4), nn.Softmax(1)), (8,), keep_final=True)
+    with pytest.raises(UnsupportedLayer, match=r"'1' \(LogSoftmax\): is no value that hardware could keep"):
+        instrument(nn.Sequential(nn.Linear(8, 4), nn.LogSoftmax(1)), (8,), keep_final=True)
 
 
 def test_a_loss_of_probabilities_gets_probabilities(digits):
@@ -180,7 +189,7 @@ def test_a_float_model_gets_its_inputs_one_by_one(digits):
     model = TwoEyes()
     fit(model, task, steps=400, learning_rate=1e-2, seed=0)
     upper, lower = task.x_val[:, :32], task.x_val[:, 32:].reshape(-1, 1, 4, 8)
-    assert torch.equal(predict(model, task.x_val, task.input_shapes).returned, model(upper, lower))
+    torch.testing.assert_close(predict(model, task.x_val, task.input_shapes).returned, model(upper, lower))
     assert evaluate(model, task)["val_accuracy"] > 0.85
 
 
@@ -222,3 +231,29 @@ def test_a_student_comes_near_its_teacher(mlp, digits):
     before = apart()
     fit(student, digits, steps=300, learning_rate=1e-2, seed=0, distillation=distillation)
     assert apart() < 0.3 * before
+
+
+def test_input_noise_is_of_each_value_and_within_its_range(digits):
+    """The same for the same seed, also where a training goes on in the middle; without it batches are the samples."""
+    noisy = replace(digits, input_noise=0.5)
+    (plain, _), *_ = batches(digits, 1, seeded_by(1))
+    (first, _), (second, _), _ = batches(noisy, 3, seeded_by(1))
+    (again, _), _ = batches(noisy, 3, seeded_by(1), start=1)
+    x = digits.x_train
+    assert torch.equal(again, second)
+    assert (first >= x.amin(0)).all()
+    assert (first <= x.amax(0)).all()
+    dark = x.std(0) == 0
+    assert 0 < dark.sum() < 64
+    assert torch.equal(first[:, dark], plain[:, dark])
+    whole = replace(noisy, batch_size=len(x))
+    ((disturbed, labels),) = batches(whole, 1, seeded_by(1))
+    ((samples, same),) = batches(replace(whole, input_noise=0), 1, seeded_by(1))
+    assert torch.equal(labels, same)
+    inner = (samples > x.amin(0) + 0.3) & (samples < x.amax(0) - 0.3)  # little of it is cut off there
+    ratio = ((disturbed - samples) / x.std(0))[inner]
+    assert abs(float(ratio.std()) - 0.5) < 0.05
+
+
+def seeded_by(seed):
+    return torch.Generator().manual_seed(seed)

@@ -14,7 +14,7 @@ from hmq_fpga.search.methods.zeroq import ZeroqOptions, distance, distil, mismat
 from hmq_fpga.search.quantizers import Grid
 from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.target import Bound, Target
-from hmq_fpga.search.train import Budget, Recorder, Task
+from hmq_fpga.search.train import Budget, Task
 
 
 class Unread(Task):
@@ -43,7 +43,7 @@ def test_no_data_are_read(target, unread, read):
 
 
 def test_statistics_come_to_be_the_stored_ones(read):
-    made = [distil(read, ZeroqOptions(steps=steps), seed=0, recorder=Recorder()) for steps in (0, 500)]
+    made = [distil(read, ZeroqOptions(steps=steps), seed=0)[0] for steps in (0, 500)]
     before, after = (float(mismatch(read, x).detach()) for x in made)
     assert after < before / 10
     assert made[1].min() >= 0  # digits are
@@ -54,7 +54,7 @@ def test_the_optimum_of_a_linear_network_is_found():
     model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3))
     model[0].running_mean.copy_(torch.tensor([1.0, -2.0, 0.0, 0.5]))
     model[0].running_var.copy_(torch.tensor([4.0, 0.25, 1.0, 9.0]))
-    x = distil(instrument(model.eval(), (4,)), ZeroqOptions(), seed=0, recorder=Recorder())
+    x = distil(instrument(model.eval(), (4,)), ZeroqOptions(), seed=0)[0]
     torch.testing.assert_close(x.mean(0), model[0].running_mean, atol=1e-2, rtol=0)
     torch.testing.assert_close(x.std(0, correction=0), model[0].running_var.sqrt(), atol=1e-2, rtol=0)
 
@@ -65,7 +65,7 @@ def test_normalized_inputs_are_asked_for():
         model[1].running_mean.copy_(model[0].bias)
         model[1].running_var.copy_(model[0].weight.square().sum(1))
     read = instrument(model, (4,))
-    x = distil(read, ZeroqOptions(normalized=True), seed=0, recorder=Recorder())
+    x = distil(read, ZeroqOptions(normalized=True), seed=0)[0]
 
     @torch.no_grad()
     def asked(x):

@@ -95,6 +95,8 @@ def make_run(folder, *, name="digits_mlp", layer="fc", mismatches=0):
         | {"ff": None, "dsp": 0, "bram": None, "latency_cycles": 12, "ii": 1, "notes": layer}
     ]
     write("resources.json", resources)
+    spans = {"zeros": 3, "nonzero": 4093, "log2": [-9.5, -7.0, -4.1, -3.2, -2.5, -1.9]}
+    write("ranges.json", {"shares": [0, 0.01, 0.25, 0.5, 0.75, 1], "tensors": {f"{layer}.weight": spans}})
     steps = [1, 2, 3]
     search = {"step": steps, "loss": [2.0, 1.0, 0.5], "rate_expected": [4.0, 6.0, 8.0], "rate_actual": [4.0, 5.0, 8.5]}
     write("search.json", {**search, "rate_target": [4.0, 6.0, 8.0], "temperature": [1.0, 0.7, 0.5]})

@@ -9,8 +9,12 @@ import pytest
 import torch
 
 from hmq_fpga import cli
+from hmq_fpga.deploy.backends import HLS
 from hmq_fpga.deploy.toolchain import ToolFailed
+from hmq_fpga.ir.errors import InvalidInput
+from hmq_fpga.study.run.pipeline import require_device
 from tests import outside
+from tests.deploy.networks import Builder, scheme
 
 
 def call(monkeypatch, capsys, *arguments):
@@ -57,7 +61,7 @@ def bad_calls(tmp_path, data, own):
         "features of too different scales": ([f"{own}:small", "--data", wide], "the input beside feature 63 (0 …"),
         "nan in weights": ([f"{own}:nan", "--data", data], "0.weight holds NaN"),
         "no data for own model": ([f"{own}:small"], "--data"),
-        "unsupported module": ([f"{own}:normed", "--data", data], "'1' (LayerNorm): divides by a deviation"),
+        "unsupported module": ([f"{own}:normed", "--data", data], "'1' (LayerNorm): takes means of"),
         "returns nothing": ([f"{own}:Nothing", "--data", data], "forward must return a tensor that it computed"),
         "exits": ([f"{own}:Exits", "--data", data], "does not accept an input of shape (64,) in mine.py:"),
         "a class for a number": ([f"{own}:Class", "--data", real], "argmax has no gradient: give classes as targets"),
@@ -92,6 +96,7 @@ def bad_calls(tmp_path, data, own):
         ),
         "too long a name": (["digits_mlp", "--out", tmp_path / ("ü" * 130)], "a name of 260 bytes"),
         "no GPU": (["digits_mlp", "--device", "cuda"], "device 'cuda': PyTorch"),
+        "unknown device": (["digits_mlp", "--device", "gpu"], "give cpu, cuda, or cuda:N"),
         "not a number": (["digits_mlp", "--rw", "high"], "not a valid float"),
         "unknown option": (["digits_mlp", "--rate", "8"], "No such option"),
     }
@@ -116,6 +121,25 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, digits_file, own_mod
             assert files(tmp_path) == before
 
 
+def test_of_several_processes_the_first_speaks(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, said in (("0", "hmq-fpga: unknown task 'digit_mlp'"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        code, out, err = call(monkeypatch, capsys, "run", "digit_mlp")
+        assert (code, out, err[: len(said)]) == (2, "", said)
+        assert bool(err) == bool(said)
+    monkeypatch.setenv("RANK", "0")
+    assert "give --jobs for several runs" in call(monkeypatch, capsys, "sweep", "digits_mlp")[2]
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    require_device("cuda:1")
+    with pytest.raises(InvalidInput, match=r"device 'cuda:2': this machine has 2, the last is 'cuda:1'"):
+        require_device("cuda:2")
+
+
 def bad_sweeps(tmp_path, data, own):
     """Arguments after `sweep`, and what the one line must say."""
     (tmp_path / "thesis").mkdir()
@@ -132,7 +156,7 @@ def bad_sweeps(tmp_path, data, own):
         "no number": (["digits_mlp", "--seeds", "-1"], "No such option"),
         "unknown method": (["digits_mlp", "--methods", "hmq", "magic"], "there are hawq, hgq, hmq, msqe, "),
         "missing data": (["digits_mlp", "--data", tmp_path / "none.npz"], "none.npz: no such file"),
-        "unsupported module": ([f"{own}:normed", "--data", data], "'1' (LayerNorm): divides by a deviation"),
+        "unsupported module": ([f"{own}:normed", "--data", data], "'1' (LayerNorm): takes means of"),
         "no process": (["digits_mlp", "--data", data, "--jobs", "0"], "--jobs 0: give at least 1"),
         "bad address": (["digits_mlp", "--data", data, "--cluster", "tcp:/nowhere"], "--cluster tcp:/nowhere"),
         "foreign folder": (["digits_mlp", "--out", tmp_path / "thesis"], "holds 'thesis.tex' but no sweep"),
@@ -162,6 +186,15 @@ def test_a_tool_that_fails_is_one_line_and_has_its_own_exit_code(tmp_path, monke
     assert (code, out, err) == (3, "", "hmq-fpga: hls4ml dropped layer 'fc1'\n")
 
 
+def test_what_is_known_to_stop_hls_is_said(tmp_path, monkeypatch, capsys):
+    format_ = scheme(signed=True, bits=3, m=0)
+    Builder((64,), format_).dense("wide", 65, format_).net.save(tmp_path / "qnet")
+    monkeypatch.setattr("hmq_fpga.deploy.convert.split_by_installed", lambda: ((HLS,), {}))
+    code, out, err = call(monkeypatch, capsys, "convert", tmp_path, "--out", tmp_path / "out")
+    assert (code, err) == (0, "")
+    assert "wide: 4,160 multiplications of one unrolled loop" in out
+
+
 def test_missing_compiler_is_found_before_any_work(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HMQ_FPGA_GXX", str(tmp_path / "no-compiler"))
     monkeypatch.chdir(tmp_path)
@@ -174,7 +207,7 @@ def test_missing_compiler_is_found_before_any_work(tmp_path, monkeypatch, capsys
 
 @pytest.mark.parametrize(
     "verb",
-    ["run", "convert", "csim", "synth", "pack", "collect", "sweep", "diff", "report", "tasks", "doctor"],
+    ["run", "convert", "csim", "audit", "synth", "pack", "collect", "sweep", "diff", "report", "tasks", "doctor"],
 )
 def test_every_verb_has_help_with_an_example(verb, monkeypatch, capsys):
     code, out, _ = call(monkeypatch, capsys, verb, "--help")
@@ -183,7 +216,7 @@ def test_every_verb_has_help_with_an_example(verb, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "verb", ["csim", "report", "pack", "collect", "synth --tool vitis", "synth --tool yosys", "diff ."]
+    "verb", ["csim", "audit", "report", "pack", "collect", "synth --tool vitis", "synth --tool yosys", "diff ."]
 )
 def test_verbs_on_a_run_want_a_run(verb, tmp_path, monkeypatch, capsys):
     verb, *options = verb.split()

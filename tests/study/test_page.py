@@ -21,6 +21,7 @@ def test_says_what_came_out(tmp_path):
         "8.587 asked for 8",
         "4.25 asked for 4",
         "fc.weight weight ap_fixed<3,-1> 3 2 -2 2 -4 4 096",
+        "quartiles and median (box)",
         "fc.weight 4 → 3.",
         "csynth Vitis HLS xcvu13p 5 12 345 – 0 – 12 1",
         "hmq-fpga run config.yaml , where config.yaml is",
@@ -32,6 +33,17 @@ def test_says_what_came_out(tmp_path):
         assert words in page.text, words
     assert page.tags.count("svg") == 3
     assert "data:" not in page.text
+
+
+def test_begins_with_accuracy_and_what_it_costs(tmp_path):
+    run = make_run(tmp_path / "run")
+    cost = "accuracy, quantized 95.37 % float 96.48 % LUT 12 345 csynth, by Vitis HLS latency, cycles 12 60 ns at 5 ns"
+    assert cost in page_of(run).text
+    (run / "resources.json").write_text("[]")
+    record = json.loads((run / "run.json").read_text())
+    record["metrics"]["bops"] = 239616
+    (run / "run.json").write_text(json.dumps(record))
+    assert "float 96.48 % bits · MACs 239 616 7 488 multiplications" in page_of(run).text
 
 
 def test_says_what_the_hardware_puts_out(tmp_path):
@@ -80,7 +92,7 @@ def test_same_bytes_for_the_same_run(tmp_path):
     first = write_page(make_run(tmp_path / "a")).read_bytes()
     assert write_page(tmp_path / "a").read_bytes() == first
     assert write_page(make_run(tmp_path / "b")).read_bytes() == first
-    assert sorted(p.suffix for p in (tmp_path / "a").iterdir()) == [".html"] + [".json"] * 6
+    assert sorted(p.suffix for p in (tmp_path / "a").iterdir()) == [".html"] + [".json"] * 7
 
 
 def test_a_run_that_has_just_begun(tmp_path):
@@ -120,6 +132,15 @@ def test_long_names_leave_room_for_the_figure():
     path = "encoder.stage3.block7.branch2.conv1.weight"
     words = texts(plots.formats_figure([tensor(path, "weight", 3, 0)]))
     assert any(word.startswith("…") and path.endswith(word[1:]) for word in words)
+
+
+def test_figure_shows_values_against_their_format():
+    tensors = [tensor("a", "weight", 4, 0), tensor("b", "input", 8, 1)]
+    boxes = {"tensors": {"a": {"log2": [-20, -12, -3, -2, -1, 4]}, "b": {"log2": []}}}
+    drawn = plots.formats_figure(tensors, boxes)
+    plain = plots.formats_figure(tensors)
+    assert "−12" in set(texts(drawn)) - set(texts(plain))  # the axis reaches over all values
+    assert drawn.count('id="formats-line2d') > plain.count('id="formats-line2d')
 
 
 def test_figure_shows_every_tensor_with_its_bits():

@@ -11,6 +11,9 @@ from hmq_fpga.study.sweep import pareto, table
 from hmq_fpga.study.sweep.view import SweepView
 from tests.study.pages import HOSTILE, make_run
 
+COLOURS = """[getComputedStyle(document.body).backgroundColor,
+    getComputedStyle(document.querySelector("#chart text")).fill]"""
+A4 = 680  # CSS pixels between the margins
 PHONE = {"width": 360, "height": 740}
 
 
@@ -88,7 +91,18 @@ def test_page_works_on_a_phone_without_network(browser, tmp_path):
     assert visit.circles().count() == 3
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
     assert page.locator("td.good").count() == 2 + 3  # two rates, three runs
+    assert "R_w 8" in page.locator(".choice").inner_text()
+    bottom = page.locator(".choice").bounding_box()
+    assert bottom["y"] + bottom["height"] < PHONE["height"]  # the first screen answers
+    colours = []
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        colours.append(page.evaluate(COLOURS))
+    assert not set(colours[0]) & set(colours[1])
     page.emulate_media(media="print")
+    page.set_viewport_size({"width": A4, "height": 1000})
+    wide = page.evaluate("[...document.querySelectorAll('.wide')].map(e => [e.scrollWidth, e.clientWidth])")
+    assert all(inside <= outside for inside, outside in wide), wide
     assert page.locator("#chart svg").bounding_box()["height"] > 100
     assert len(page.pdf()) > 10_000
     page.locator("table a").first.click()
@@ -193,6 +207,33 @@ def test_front_is_what_nothing_beats():
     assert pareto.front([], MORE, LESS) == []
 
 
+def sweep_rows(*choices):
+    """Rows of `(R_w, accuracies, LUTs)`."""
+    common = {"state": "done", "method": "hmq", "ra_target": 4, "parity_passed": True, "bops": 1}
+    return [
+        {**common, "rw_target": rw, "qnet_accuracy": accuracy, "trace_lut": lut}
+        for rw, accuracies, lut in choices
+        for accuracy in accuracies
+    ]
+
+
+def test_the_cheapest_within_the_standard_error_is_recommended():
+    rows = sweep_rows(
+        (4, (0.99, 0.97), 900), (8, (0.978, 0.975), 500), (10, (0.96, 0.95), 400), (12, (0.93, 0.93), 300)
+    )
+    choice = pareto.recommended(rows)
+    assert choice.error == pytest.approx(((2 + 0.045 + 0.5 + 0) / 4 / 2) ** 0.5)  # of variances within the choices
+    assert [g.asked for g in (choice.taken, choice.best, choice.cheaper)] == ["R_w 8", "R_w 4", "R_w 10"]
+    assert choice.lost() == pytest.approx(97.65 - 95.5)
+    one = pareto.recommended(sweep_rows((4, (0.98,), 900), (8, (0.98,), 500), (10, (0.97,), 400)))
+    assert (one.taken.asked, one.error, one.lost()) == ("R_w 8", None, pytest.approx(1.0))
+    broken = [row | {"parity_passed": row["rw_target"] != 8} for row in rows]
+    assert pareto.recommended(broken).taken.asked == "R_w 4"
+    unknown = [row | {"trace_lut": None, "bops": row["trace_lut"]} for row in rows]
+    assert pareto.recommended(unknown).cost == pareto.BOPS
+    assert pareto.recommended([row | {"state": "open"} for row in rows]) is None
+
+
 def test_spread_of_a_group_needs_every_seed():
     rows = [{"state": "done", "method": "m", "rw_target": 8, "ra_target": 4, "a": a} for a in (1.0, 4.0, None)]
     (group,) = pareto.groups(rows[:2])
@@ -206,3 +247,12 @@ def test_luts_of_one_stage_only():
     assert pareto.lut_axis(rows).key == "trace_lut"
     assert pareto.lut_axis(rows[:1]).key == "csynth_lut"
     assert pareto.lut_axis([{}]) is None
+
+
+def test_clock_and_latency_are_axes_of_their_own():
+    axes = {
+        axis.key: axis
+        for axis in pareto.axes([{"qnet_accuracy": 0.9, "route_fmax_mhz": 90.0, "route_latency_ns": 50.0}])
+    }
+    assert (axes["route_fmax_mhz"].better, axes["route_fmax_mhz"].label) == ("more", "Fmax, MHz (route)")
+    assert (axes["route_latency_ns"].better, axes["route_latency_ns"].label) == ("less", "latency, ns (route)")

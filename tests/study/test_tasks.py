@@ -4,6 +4,7 @@ from torch import nn
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.target import Target
+from hmq_fpga.study.run.config import RunConfig
 from hmq_fpga.study.tasks import TASKS, resolve
 
 SHAPES = {
@@ -11,6 +12,8 @@ SHAPES = {
     "digits_cnn": (1, 8, 8),
     "digits_tiny_cnn": (1, 8, 8),
     "pendigits_mlp": (16,),
+    "pendigits_shallow": (16,),
+    "mnist14_mlp": (196,),
     "letter_mlp": (16,),
     "magic_mlp": (10,),
     "jets_mlp": (16,),
@@ -18,11 +21,15 @@ SHAPES = {
     "fashion_cnn": (1, 28, 28),
     "dscnn_fsdd": (1, 49, 10),
     "conv1d_fsdd": (10, 49),
+    "fsdd_gru": (1, 49, 10),
+    "mnist_rows_gru": (1, 28, 28),
+    "tanh_policy": (4,),
     "digits_autoencoder": (64,),
     "resnet8_cifar": (3, 32, 32),
+    "resnet20_cifar": (3, 32, 32),
     "resnet18_cifar": (3, 32, 32),
 }
-OUTPUTS = {"letter_mlp": 26, "magic_mlp": 2, "jets_mlp": 5, "digits_autoencoder": 64}
+OUTPUTS = {"letter_mlp": 26, "magic_mlp": 2, "jets_mlp": 5, "tanh_policy": 1, "digits_autoencoder": 64}
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -55,3 +62,18 @@ def test_unknown_names(tmp_path):
     broken.write_text("import nothing_of_this_name\n")
     with pytest.raises(InvalidInput, match="cannot be imported: ModuleNotFoundError"):
         resolve(f"{broken}:build")
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, 0.1),
+        ({"bops": 1e6}, 0.1),
+        ({"luts": 4000}, 0),
+        ({"zeros": 0.5}, 0),
+        ({"distill": True}, 0),
+        ({"luts": 4000, "label_smoothing": 0.2}, 0.2),
+    ],
+)
+def test_what_is_pruned_or_distilled_is_trained_without_label_smoothing(given, found):
+    assert RunConfig(task="digits_mlp", **given).smoothing(0.1) == found

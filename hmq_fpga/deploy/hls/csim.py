@@ -86,10 +86,20 @@ def compile_library(folder: Path, top: str, stamp: str, inputs: Sequence[Shape],
         ToolFailed: when the compiler fails, with its first errors.
         ParityError: when the weights of simulation and synthesis differ, or a stream is not read to its end.
     """
-    compiler = GXX.require()
     for text in sorted((folder / "firmware" / "weights").glob("*.txt")):
         if f"{{{text.read_text()}}};" not in text.with_suffix(".h").read_text():
             raise ParityError(f"{text} differs from {text.stem}.h: what is simulated is not what is synthesized")
+    return load_library(build_library(folder, top, stamp), top, inputs, ports)
+
+
+def build_library(folder: Path, top: str, stamp: str) -> Path:
+    """Compile a project by its own `build_lib.sh`; the path of the library.
+
+    Raises:
+        ToolMissing: without a C++ compiler.
+        ToolFailed: when the compiler fails, with its first errors.
+    """
+    compiler = GXX.require()
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "g++").symlink_to(compiler)  # the script's name for the compiler
         environment = {**os.environ, "PATH": f"{scratch}{os.pathsep}{os.environ['PATH']}"}
@@ -101,14 +111,24 @@ def compile_library(folder: Path, top: str, stamp: str, inputs: Sequence[Shape],
             encoding="utf-8",
             errors="replace",
         )
-        if build.returncode:
-            lines = build.stderr.splitlines()
-            errors = [line for line in lines if "error" in line] or lines[-1:]
-            raise ToolFailed(f"{folder}: the C simulation does not compile: {' '.join(errors[:3])}")
+    if build.returncode:
+        lines = build.stderr.splitlines()
+        errors = [line for line in lines if "error" in line] or lines[-1:]
+        raise ToolFailed(f"{folder}: the C simulation does not compile: {' '.join(errors[:3])}")
+    return folder / "firmware" / f"{top}-{stamp}.so"
+
+
+def load_library(built: Path, top: str, inputs: Sequence[Shape], ports: Sequence[Shape]) -> Library:
+    """Load a library and let it read the weights that lie where it was built.
+
+    Raises:
+        ParityError: when a stream is not read to its end.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
         # From a path of its own: the loader would take an older library of the same path for this one
-        built = shutil.copy(folder / "firmware" / f"{top}-{stamp}.so", scratch)
+        path = shutil.copy(built, scratch)
         _deepen_stack()
-        library = Library(ctypes.CDLL(str(built)), top, ports)
+        library = Library(ctypes.CDLL(str(path)), top, ports)
     library.handle[f"{top}_double"].restype = None
     with _no_leftovers():  # the weights are read at the first call
         library.call([np.zeros(shape) for shape in inputs], [np.zeros(shape) for shape in ports])

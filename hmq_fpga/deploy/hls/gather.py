@@ -14,6 +14,7 @@ from hls4ml.backends import get_backend
 from hls4ml.backends.template import FunctionCallTemplate, LayerConfigTemplate
 from hls4ml.model.layers import Layer, register_layer
 
+from hmq_fpga.deploy.hls.settings import AMD
 from hmq_fpga.ir.fixed import Codes
 
 CLASS = "HmqGather"
@@ -81,7 +82,7 @@ def _table(name: str, values: Codes) -> str:
 def register() -> None:
     """Make the layer known to hls4ml, once."""
     register_layer(CLASS, HmqGather)
-    for name in ("Vivado", "Vitis"):
+    for name in AMD:
         backend = get_backend(name)
         backend.register_source(_HEADER)
         for template in (_Config, _Call):

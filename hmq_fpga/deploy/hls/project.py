@@ -28,7 +28,7 @@ import yaml
 from hmq_fpga.deploy.hls import csim
 from hmq_fpga.deploy.hls.layers import layer_list, layer_names, ports
 from hmq_fpga.deploy.hls.lower import Lowered, View, lowered, makers
-from hmq_fpga.deploy.hls.settings import ADDERS, check_settings
+from hmq_fpga.deploy.hls.settings import ADDERS, AMD, check_settings
 from hmq_fpga.deploy.hls.types import Tensor, Types, expected_types, inner_roles, precisions, read_types
 from hmq_fpga.deploy.parity import to_codes
 from hmq_fpga.deploy.settings import DEFAULT_PART, Hardware, HlsBackend, IoType, LayerSettings, Strategy
@@ -41,6 +41,7 @@ from hmq_fpga.ir.ops import Flatten, Linear, Op, Scale, Shape, TensorType, joine
 
 RECORD = "hmq_fpga.json"
 _CONSTANTS = ("weight", "bias")
+_OF_PARTS = ("Vitis", "Vivado")  # backends that the default part is for; another takes hls4ml's, or its board's
 log = logging.getLogger(__name__)
 
 
@@ -134,7 +135,8 @@ class HlsProject:
                 reuse_factors=_reuse_factors(made.net, graph, hardware.layers),
             )
             _write(graph, project)
-            _compare(expected_types(made.net), replace(project, tensors=tuple(held.values())).types())
+            expected = expected_types(made.net, least_bits=1 if hardware.backend in AMD else 2)
+            _compare(expected, replace(project, tensors=tuple(held.values())).types())
         return replace(project, folder=folder)
 
     @classmethod
@@ -180,7 +182,25 @@ class HlsProject:
 
     def predict(self, x: npt.NDArray[np.float32]) -> Codes:
         """Output codes `(batch, *output_shape)` for real inputs `(batch, *input_shape)`, channels last."""
-        return self.output_codes(self._library.predict(self._samples(x)))
+        return self.run(self._library, x)
+
+    def run(self, library: csim.Library, x: npt.NDArray[np.float32]) -> Codes:
+        """Output codes as `predict` gives them, by a library of this project or of one with the same ports."""
+        return self.output_codes(library.predict(self._samples(x)))
+
+    def build(self) -> Path:
+        """Compile what is on disk; the path of the library. Its weights are read where it was built, at its first run.
+
+        Raises:
+            ToolMissing: without a C++ compiler.
+            ToolFailed: when the compiler fails, with its first errors.
+        """
+        return csim.build_library(self.folder, self.top, _stamp(self.digest))
+
+    def library(self, built: Path) -> csim.Library:
+        """Load what `build` made, anew each time."""
+        shapes = ([tensor.shape for tensor in self._named(names)] for names in (self.inputs, self.outputs))
+        return csim.load_library(built, self.top, *shapes)
 
     @cached_property
     def ports(self) -> tuple[Tensor, ...]:
@@ -289,7 +309,7 @@ def _convert(net: QNet, hardware: Hardware, folder: Path, project_name: str) -> 
             project_name=project_name,
             backend=hardware.backend,
             io_type=hardware.io_type,
-            part=hardware.part,
+            part=hardware.part if hardware.backend in _OF_PARTS or hardware.part != DEFAULT_PART else None,
             clock_period=hardware.clock_ns,
         )
         chosen = {"ReuseFactor": hardware.reuse_factor, "Strategy": hardware.strategy}
@@ -387,24 +407,7 @@ def _write(graph: Any, project: HlsProject) -> None:
     with _logged():
         writer.write_hls(graph)
     (project.folder / "hls4ml_config.yml").write_text(yaml.dump({**config, "OutputDir": "."}))
-    csim.edit(
-        project.folder / "build_lib.sh",
-        {
-            # An assertion that fails would end this process, and `ap_fixed` asserts a bit that it then does not use
-            "-fPIC": "-fPIC -DNDEBUG",
-            # As the text of a C++ string
-            r"\$\{BASEDIR\}/firmware/weights": r"""$(sed 's/["\\\\?]/\\\\&/g' <<< "\g<0>")""",
-            # Both files at once
-            r"-o \$\{PROJECT\}\.o\n": r"-o ${PROJECT}.o &\n",
-            r"-o \$\{PROJECT\}_bridge\.o\n": r"\g<0>wait $!\n",
-        },
-    )
-    # hls4ml gives this header the guard of its counterpart for images, and a network may need both
-    header = project.folder / "firmware" / "nnet_utils" / "nnet_sepconv1d_latency.h"
-    csim.edit(header, {"NNET_SEPARABLE_CONV2D_LATENCY_H_": "NNET_SEPARABLE_CONV1D_LATENCY_H_"})
-    # The testbench writes results with 6 digits: too few to tell codes apart
-    precision = {r"std::ofstream fout\(.*": r"\g<0>\n    fout.precision(17);"}
-    csim.edit(project.folder / f"{project.top}_test.cpp", precision)
+    _edit(project.folder, project.top, graph.config.backend.name)
     record = {
         "top": project.top,
         "digest": project.digest,
@@ -414,6 +417,30 @@ def _write(graph: Any, project: HlsProject) -> None:
         "tensors": [asdict(t) for t in project.tensors],
     }
     (project.folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _edit(folder: Path, top: str, backend: str) -> None:
+    """Change what hls4ml writes where that is in the way."""
+    # An assertion that fails would end this process, and `ap_fixed` asserts a bit that it then does not use
+    script = {"-fPIC": "-fPIC -DNDEBUG"}
+    # Both files at once
+    script |= {r"-o \$\{PROJECT\}\.o\n": r"-o ${PROJECT}.o &\n", r"-o \$\{PROJECT\}_bridge\.o\n": r"\g<0>wait $!\n"}
+    quoted = r"""$(sed 's/["\\\\?]/\\\\&/g' <<< "${BASEDIR}/firmware/weights")"""  # as the text of a C++ string
+    if backend in AMD:
+        script |= {r"\$\{BASEDIR\}/firmware/weights": quoted}
+        # hls4ml gives this header the guard of its counterpart for images, and a network may need both
+        header = folder / "firmware" / "nnet_utils" / "nnet_sepconv1d_latency.h"
+        csim.edit(header, {"NNET_SEPARABLE_CONV2D_LATENCY_H_": "NNET_SEPARABLE_CONV1D_LATENCY_H_"})
+    elif backend == "Catapult":  # where the weights are is written into the code
+        csim.edit(folder / f"{top}_bridge.cpp", {'(s_weights_dir = )".*"': r"\g<1>WEIGHTS_DIR"})
+        places = rf"""BASEDIR="$(cd "$(dirname "$0")" && pwd)"\nWEIGHTS_DIR="\\"{quoted}\\""\n"""
+        script |= {
+            "LIB_STAMP=.*\n": rf"\g<0>{places}",
+            r"-c \$\{PROJECT\}_bridge": r'-D WEIGHTS_DIR="${WEIGHTS_DIR}" \g<0>',
+        }
+    csim.edit(folder / "build_lib.sh", script)
+    # The testbench writes results with 6 digits: too few to tell codes apart
+    csim.edit(folder / f"{top}_test.cpp", {r"std::ofstream fout\(.*": r"\g<0>\n    fout.precision(17);"})
 
 
 def _stamp(digest: str) -> str:

@@ -58,7 +58,7 @@ class Tensor:
     typedefs: Mapping[str, str]
 
 
-def expected_types(net: QNet) -> Types:
+def expected_types(net: QNet, *, least_bits: int = 1) -> Types:
     """The C++ type of every op's result, and of the weight, bias and accumulator of a linear op.
 
     Activations and the input round half to even and saturate. Constants need no rounding, accumulators and
@@ -66,6 +66,10 @@ def expected_types(net: QNet) -> Types:
 
     A linear result is wider than its accumulator only where it is far below the next quantizer's step, as when all
     weights are zero: `ap_fixed` reads the bit half a step below, and fails an assertion where that is none of its own.
+
+    Args:
+        net: a lowered network.
+        least_bits: of an exact type; hls4ml makes two bits of one in `ac_fixed`, which adds one behind the others.
     """
     types: Types = {}
     for op in net.ops:
@@ -76,7 +80,12 @@ def expected_types(net: QNet) -> Types:
         else:
             exact = net.formats[op.name]
             result = replace(exact, width=max(exact.width, exact.frac - _next_frac(net, op)))
-            types[op.name] = {"result": _exact_type(result), **_inner_types(net, op)}
+            types[op.name] = {"result": exact_type(result), **_inner_types(net, op)}
+    if least_bits > 1:
+        return {
+            op: {role: kind.replace("fixed<1,", "fixed<2,") for role, kind in roles.items()}
+            for op, roles in types.items()
+        }
     return types
 
 
@@ -121,14 +130,14 @@ def _inner_types(net: QNet, op: Op) -> dict[str, str]:
     exact = net.formats[op.name]
     match op:
         case Dense() | Conv() | DepthwiseConv() | Scale():
-            constants = {"weight": _exact_type(op.weight_format), "bias": _exact_type(net.bias_format(op))}
-            return constants if isinstance(op, Scale) else {**constants, "accum": _exact_type(exact)}
+            constants = {"weight": exact_type(op.weight_format), "bias": exact_type(net.bias_format(op))}
+            return constants if isinstance(op, Scale) else {**constants, "accum": exact_type(exact)}
         case AvgPool():  # the sum, before it is divided
-            return {"accum": _exact_type(replace(exact, width=exact.width + exact.frac - net.formats[op.source].frac))}
+            return {"accum": exact_type(replace(exact, width=exact.width + exact.frac - net.formats[op.source].frac))}
         case LeakyRelu():
-            return {"param": _exact_type(Fixed(signed=False, width=1, frac=op.shift))}
+            return {"param": exact_type(Fixed(signed=False, width=1, frac=op.shift))}
         case Table():
-            return {"table": _exact_type(op.format)}
+            return {"table": exact_type(op.format)}
         case Input() | Quantize() | MaxPool() | Pad() | Upsample() | Flatten() | Gather():
             return {}
         case Add() | Subtract() | Maximum() | Minimum() | Multiply() | Concat():
@@ -149,11 +158,17 @@ def _next_frac(net: QNet, op: Op) -> int:
     return min(fracs)
 
 
-def _exact_type(format: Fixed) -> str:
+def exact_type(format: Fixed) -> str:
+    """The C++ type of values that need neither rounding nor saturation."""
     return f"{'ap_fixed' if format.signed else 'ap_ufixed'}<{format.width},{format.integer}>"
 
 
 def _plain_type(text: str) -> str:
-    """A type of `defines.h` without the array of a stream around it and without its count of saturation bits."""
+    """A type of `defines.h` without the array of a stream around it and without its count of saturation bits.
+
+    An `ac_fixed`, which says by a word whether it is signed, is called by the name of the same `ap_fixed`.
+    """
+    if ac := re.search(r"ac_fixed<(\d+,-?\d+),(true|false)((?:,AC_\w+)*)>", text):  # of Intel's and Siemens's compilers
+        return f"ap_{'fixed' if ac[2] == 'true' else 'ufixed'}<{ac[1]}{ac[3].replace('AC_', 'AP_')}>"
     match = re.search(r"(ap_u?(?:fixed|int)<\w+(?:,-?\d+)?)((?:,AP_\w+)*)(?:,0)?>", text)
     return f"{match[1]}{match[2]}>" if match else text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -140,7 +140,7 @@ def float_type(net: QNet) -> FloatType:
     Raises:
         InvalidInput: where float64 does not, naming the op.
     """
-    bits = {op.name: _significant_bits(net, op) for op in net.ops}
+    bits = {op.name: significant_bits(net, op) for op in net.ops}
     worst = max(bits, key=lambda name: bits[name])
     if bits[worst] > 53:
         raise InvalidInput(
@@ -179,22 +179,22 @@ class QKerasSimulator:
 
     def predict(self, x: npt.NDArray[np.float32]) -> Codes:
         """Output codes `(batch, *output shape)` for real inputs `(batch, *input shape)`."""
-        return self.net.join(self._run(x, [self.net[name] for name in self.net.outputs]))
+        outputs = self.model.outputs  # those of the model, whatever their layers are called
+        return self.net.join(self._run(x, dict(zip(self.net.outputs, outputs, strict=True))))
 
     def trace(self, x: npt.NDArray[np.float32]) -> dict[str, Codes]:
         """Codes of every tensor by op name, for real inputs `(batch, *input shape)`."""
-        return self._run(x, self.net.ops)
+        return self._run(x, {op.name: self.model.get_layer(layer_name(op)).output for op in self.net.ops})
 
-    def _run(self, x: npt.NDArray[np.float32], ops: Sequence[Op]) -> dict[str, Codes]:
+    def _run(self, x: npt.NDArray[np.float32], outputs: Mapping[str, Any]) -> dict[str, Codes]:
+        """Codes of Keras tensors, each that of an op."""
         inputs = [
             _within_range(op, part) for op, part in zip(self.net.inputs, self.net.split_inputs(x).values(), strict=True)
         ]
-        outputs = {op.name: self.model.get_layer(layer_name(op)).output for op in ops}
-        model = import_keras().Model(self.model.input, outputs)
+        model = import_keras().Model(self.model.input, dict(outputs))
         batches = [model(_one_or_list([part[i : i + BATCH] for part in inputs])) for i in range(0, len(x), BATCH)]
         return {
-            op.name: to_codes(np.concatenate([b[op.name] for b in batches]), self.net.formats[op.name], op.name)
-            for op in ops
+            name: to_codes(np.concatenate([b[name] for b in batches]), self.net.formats[name], name) for name in outputs
         }
 
 
@@ -212,7 +212,7 @@ def _one_or_list(values: list[Any]) -> Any:
     return values if len(values) > 1 else values[0]
 
 
-def _significant_bits(net: QNet, op: Op) -> int:
+def significant_bits(net: QNet, op: Op) -> int:
     """Bits of the largest number that the float computation of `op` meets, on the finest grid that it meets."""
     match op:
         case Input():

@@ -7,22 +7,34 @@ comes before it, such as an ADC.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from hmq_fpga.deploy.report import Resources
-from hmq_fpga.deploy.rtl.trace import Interpreter, load_program, trace, write_verilog
+from hmq_fpga.deploy.rtl.devices import Device
+from hmq_fpga.deploy.rtl.gates import CELLS, netlist_verilog
+from hmq_fpga.deploy.rtl.nextpnr import place_and_route
+from hmq_fpga.deploy.rtl.stream import stream_core
+from hmq_fpga.deploy.rtl.trace import (
+    Interpreter,
+    load_program,
+    program_digest,
+    stage_layers,
+    trace,
+    write_verilog,
+)
 from hmq_fpga.deploy.rtl.verilator import Port, VerilatorSimulator, compile_verilog
 from hmq_fpga.deploy.rtl.yosys import synthesis_script, synthesize
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.files import replacing
 from hmq_fpga.ir.network import QNet
 
-_CORE = "network"
-TOP = f"{_CORE}_wrapper"
+CORE = "network"
+TOP = f"{CORE}_wrapper"
+STREAM = f"{CORE}_stream"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,6 +44,7 @@ class RtlProject:
     Module `network_wrapper` has the ports `clk` (unless combinational), `model_inp` and `model_out`: the
     codes of all elements side by side, channels last, the first in the lowest bits. There is no reset and
     no handshake: what is on `model_inp` at a clock edge makes `model_out` at the edge `latency_cycles` later.
+    Module `network_stream` puts AXI4-Stream ports with back-pressure around it.
 
     Attributes:
         net: the network.
@@ -43,6 +56,8 @@ class RtlProject:
         input_port, output_port: the two ports.
         lut: look-up tables by the tracer's own cost model.
         register_bits: flip-flops in the Verilog.
+        program: SHA-256 of the traced program; empty in a project of an earlier version.
+        latency_cutoff: that it was made with; None: no registers, or a project of an earlier version.
     """
 
     net: QNet
@@ -54,6 +69,8 @@ class RtlProject:
     output_port: Port
     lut: int
     register_bits: int
+    program: str = ""
+    latency_cutoff: float | None = None
 
     @classmethod
     def create(
@@ -78,10 +95,19 @@ class RtlProject:
         Raises:
             NotUnrolled: when the unrolled network is too large, a tensor too wide, or the output constant.
         """
-        program = trace(net)
+        return cls._written(net, trace(net), folder, latency_cutoff, clock_ns, part)
+
+    def written_again(self, folder: Path, *, latency_cutoff: float | None) -> RtlProject:
+        """The same project, from the traced program in this one's folder."""
+        return self._written(self.net, load_program(self.folder), folder, latency_cutoff, self.clock_ns, self.part)
+
+    @classmethod
+    def _written(
+        cls, net: QNet, program: Any, folder: Path, latency_cutoff: float | None, clock_ns: float, part: str
+    ) -> RtlProject:
         with replacing(folder) as new:
             inputs, outputs, latency_cycles, register_bits = write_verilog(
-                program, new, _CORE, latency_cutoff=latency_cutoff, part=part, clock_ns=clock_ns
+                program, new, CORE, latency_cutoff=latency_cutoff, part=part, clock_ns=clock_ns
             )
             project = cls(
                 net=net,
@@ -93,7 +119,11 @@ class RtlProject:
                 output_port=outputs,
                 lut=round(program.cost),
                 register_bits=register_bits,
+                program=program_digest(new),
+                latency_cutoff=latency_cutoff or None,
             )
+            (new / "stream").mkdir()
+            (new / "stream" / f"{STREAM}.v").write_text(project.stream_core())
             (new / "synth.ys").write_text(synthesis_script(_sources(new), TOP))
             (new / "rtl.json").write_text(json.dumps(project._description(), indent=1) + "\n")
         return project
@@ -122,6 +152,15 @@ class RtlProject:
         """The Verilog files."""
         return tuple(self.folder / path for path in _sources(self.folder))
 
+    @property
+    def stream_sources(self) -> tuple[Path, ...]:
+        """The Verilog files of the AXI4-Stream core, module `network_stream`."""
+        return (*self.sources, self.folder / "stream" / f"{STREAM}.v")
+
+    def stream_core(self) -> str:
+        """The Verilog of module `network_stream`."""
+        return stream_core(STREAM, TOP, self.input_port, self.output_port, self.latency_cycles)
+
     def interpreter(self) -> Interpreter:
         """The simulator that is there at once: the traced program, in integers; no clock, no Verilog."""
         return Interpreter(net=self.net, program=load_program(self.folder))
@@ -136,22 +175,25 @@ class RtlProject:
             ToolMissing: without Verilator or a C++ compiler.
             ToolFailed: when a step fails or passes the limit.
         """
-        library = compile_verilog(
-            self.folder / "sim",
-            self.sources,
-            TOP,
-            self.input_port,
-            self.output_port,
-            clocked=self.latency_cycles > 0,
-            time_limit_s=time_limit_s,
-        )
-        return VerilatorSimulator(
-            net=self.net,
-            library=library,
-            input_port=self.input_port,
-            output_port=self.output_port,
-            latency_cycles=self.latency_cycles,
-        )
+        return self._simulator("rtl", self.folder / "sim", self.sources, time_limit_s)
+
+    def gates(self, netlist: Path, folder: Path, *, time_limit_s: float = 3600) -> VerilatorSimulator:
+        """The simulator of a routed netlist of this project, cell by cell, clock edge by clock edge.
+
+        Args:
+            netlist: the `routed.json` that `route` left.
+            folder: for its Verilog and the library made of it, which is used again unless the netlist has changed.
+            time_limit_s: wall-clock limit in seconds of each of the two steps, translation and compilation.
+
+        Raises:
+            InvalidInput: when it is no netlist, or has cells that are not simulated.
+            ToolMissing: without Verilator or a C++ compiler.
+            ToolFailed: when a step fails or passes the limit.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        verilog = folder / f"{CORE}_gates.v"
+        verilog.write_text(netlist_verilog(netlist, TOP))
+        return self._simulator("gates", folder, (verilog, CELLS), time_limit_s)
 
     def trace_resources(self) -> Resources:
         """The tracer's own estimate, at hand without synthesis."""
@@ -178,6 +220,58 @@ class RtlProject:
         """Synthesize with Yosys; see `yosys.synthesize`."""
         counts = synthesize(self.folder, time_limit_s=time_limit_s, memory_limit_gb=memory_limit_gb, on_line=on_line)
         return replace(counts, latency_cycles=self.latency_cycles, ii=1)
+
+    def route(
+        self,
+        folder: Path,
+        device: Device,
+        *,
+        clock_ns: float | None = None,
+        tries: int = 1,
+        time_limit_s: float = 3600,
+        memory_limit_gb: float = 8,
+        on_step: Callable[[str], None] | None = None,
+    ) -> Resources:
+        """Place and route with nextpnr, in a folder for what that leaves; see `nextpnr.place_and_route`.
+
+        `clock_ns` is the period to aim for, by default the project's own.
+        """
+        layers: list[list[str]] = []
+        if self.latency_cutoff:
+            layers = stage_layers(self.net, load_program(self.folder), self.latency_cutoff)
+        return place_and_route(
+            folder,
+            self.sources,
+            TOP,
+            device,
+            traced_luts=self.lut,
+            latency_cycles=self.latency_cycles,
+            clock_ns=self.clock_ns if clock_ns is None else clock_ns,
+            layers={f"src/logic{number}.v": names for number, names in enumerate(layers)},
+            tries=tries,
+            time_limit_s=time_limit_s,
+            memory_limit_gb=memory_limit_gb,
+            on_step=on_step,
+        )
+
+    def _simulator(self, name: str, folder: Path, sources: Sequence[Path], time_limit_s: float) -> VerilatorSimulator:
+        library = compile_verilog(
+            folder,
+            sources,
+            TOP,
+            self.input_port,
+            self.output_port,
+            clocked=self.latency_cycles > 0,
+            time_limit_s=time_limit_s,
+        )
+        return VerilatorSimulator(
+            net=self.net,
+            library=library,
+            input_port=self.input_port,
+            output_port=self.output_port,
+            latency_cycles=self.latency_cycles,
+            name=name,
+        )
 
     def _description(self) -> dict[str, Any]:
         data = {key: value for key, value in vars(self).items() if key not in ("net", "folder")}

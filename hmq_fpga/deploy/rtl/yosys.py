@@ -61,15 +61,49 @@ def synthesize(
         ToolMissing: without pyosys.
         ToolFailed: when synthesis fails or passes a limit; the message names the log.
     """
+    run_script(folder, SCRIPT, LOG, COUNTS, time_limit_s=time_limit_s, memory_limit_gb=memory_limit_gb, on_line=on_line)
+    return resources(json.loads((folder / COUNTS).read_text()))
+
+
+def require_yosys() -> None:
+    """Raise `ToolMissing` without pyosys."""
     if importlib.util.find_spec("pyosys") is None:
         raise ToolMissing("pyosys not found, needed to synthesize the Verilog with Yosys: pip install pyosys==0.70")
-    log, counts = folder / LOG, folder / COUNTS
-    counts.unlink(missing_ok=True)
-    command = [sys.executable, "-c", _WORKER, SCRIPT, str(int(memory_limit_gb * 1e9))]
-    code = run(command, cwd=folder, log=log, time_limit_s=time_limit_s, on_line=on_line)
-    if code or not counts.exists():
-        raise ToolFailed(f"Yosys failed with exit code {code} (memory limit {memory_limit_gb:g} GB); its log is {log}")
-    return resources(json.loads(counts.read_text()))
+
+
+def run_script(
+    folder: Path,
+    script: str,
+    log: str,
+    made: str,
+    *,
+    time_limit_s: float,
+    memory_limit_gb: float,
+    on_line: Callable[[str], None] | None = None,
+) -> None:
+    """Run a Yosys script in its folder.
+
+    Args:
+        folder: where it lies and runs.
+        script: name of the script.
+        log: name for what Yosys says.
+        made: name of what the script writes last.
+        time_limit_s: wall-clock limit in seconds.
+        memory_limit_gb: limit of its address space, in GB.
+        on_line: called with each line of the log.
+
+    Raises:
+        ToolMissing: without pyosys.
+        ToolFailed: when it fails or passes a limit; the message names the log.
+    """
+    require_yosys()
+    (folder / made).unlink(missing_ok=True)
+    command = [sys.executable, "-c", _WORKER, script, str(int(memory_limit_gb * 1e9))]
+    code = run(command, cwd=folder, log=folder / log, time_limit_s=time_limit_s, on_line=on_line)
+    if code or not (folder / made).exists():
+        raise ToolFailed(
+            f"Yosys failed with exit code {code} (memory limit {memory_limit_gb:g} GB); its log is {folder / log}"
+        )
 
 
 def resources(counts: dict[str, Any]) -> Resources:

@@ -151,6 +151,14 @@ def read_vivado(utilization: Path, top: str, timing: Path | None = None) -> Reso
     return record if timing is None else _with_timing(record, timing, top)
 
 
+def check_target(report: Path, record: Resources, part: str, clock_ns: float) -> None:
+    """Raise `InvalidInput` for a report that names another part or another clock period, in ns, than a project's."""
+    if record.part is not None and canonical_part(record.part) != canonical_part(part):
+        raise InvalidInput(f"{report}: for part {record.part}, but the project is for {part}: not its report")
+    if record.clock_ns is not None and not math.isclose(record.clock_ns, clock_ns, abs_tol=0.005):
+        raise InvalidInput(f"{report}: for {record.clock_ns} ns, but the project is for {clock_ns:g} ns")
+
+
 # --- HLS estimates
 
 

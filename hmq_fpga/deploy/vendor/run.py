@@ -22,9 +22,9 @@ import numpy.typing as npt
 
 from hmq_fpga.deploy.hls.project import HlsProject
 from hmq_fpga.deploy.parity import Parity, ParityError, check
-from hmq_fpga.deploy.report import Resources, canonical_part
+from hmq_fpga.deploy.report import Resources
 from hmq_fpga.deploy.toolchain import VITIS_HLS, VITIS_RUN, VIVADO, VIVADO_HLS, Tool, ToolFailed, ToolMissing, run
-from hmq_fpga.deploy.vendor.reports import read_cosim, read_csynth, read_vivado
+from hmq_fpga.deploy.vendor.reports import check_target, read_cosim, read_csynth, read_vivado
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Codes
 from hmq_fpga.ir.network import QNet
@@ -259,7 +259,7 @@ def examine(folder: Path, net: QNet, steps: Sequence[Step], failure: str | None 
             return
         try:
             record = reader()
-            _check_target(report, record, target)
+            check_target(report, record, target.part, target.clock_ns)
             records.append(record)
         except (InvalidInput, ToolFailed) as error:
             failures.append(str(error))
@@ -401,13 +401,6 @@ def check_belongs(project: HlsProject, net: QNet) -> None:
             f"{project.folder}: made from the QNet {project.digest[:12]}, not from {net.digest[:12]}: "
             "pack or convert this run again"
         )
-
-
-def _check_target(report: Path, record: Resources, target: Target) -> None:
-    if record.part is not None and canonical_part(record.part) != canonical_part(target.part):
-        raise InvalidInput(f"{report}: for part {record.part}, but the project is for {target.part}: not its report")
-    if record.clock_ns is not None and not math.isclose(record.clock_ns, target.clock_ns, abs_tol=0.005):
-        raise InvalidInput(f"{report}: for {record.clock_ns} ns, but the project is for {target.clock_ns:g} ns")
 
 
 def _find(vendor: Vendor) -> tuple[Tool, str]:

@@ -8,11 +8,13 @@ from typing import Any
 
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.scheme import Scheme
+from hmq_fpga.search import parallel
+from hmq_fpga.search.checkpoint import Checkpoint
 from hmq_fpga.search.graph import QModel
-from hmq_fpga.search.logic import ZEROS, start
+from hmq_fpga.search.logic import ZEROS, check_least, start
 from hmq_fpga.search.methods.hawq import HawqOptions, hawq
 from hmq_fpga.search.methods.hgq import HgqOptions, hgq
-from hmq_fpga.search.methods.hmq import CYCLES, MIN_STEPS_PER_CYCLE, HmqOptions, hmq
+from hmq_fpga.search.methods.hmq import MIN_STEPS, HmqOptions, hmq
 from hmq_fpga.search.methods.msqe import MsqeOptions, msqe
 from hmq_fpga.search.methods.pot_gradient import PotGradientOptions, pot_gradient
 from hmq_fpga.search.methods.uniform import UniformOptions, uniform
@@ -32,7 +34,7 @@ class Method:
 
 
 METHODS: Mapping[str, Method] = {
-    "hmq": Method(hmq, HmqOptions, least_steps=CYCLES * MIN_STEPS_PER_CYCLE),
+    "hmq": Method(hmq, HmqOptions, least_steps=MIN_STEPS),
     "uniform": Method(uniform, UniformOptions),
     "hawq": Method(hawq, HawqOptions),
     "zeroq": Method(zeroq, ZeroqOptions),
@@ -72,8 +74,23 @@ def find_scheme(
     options: Mapping[str, Any] | None = None,
     seed: int = 0,
     listener: Listener = ignore,
+    checkpoint: Checkpoint | None = None,
 ) -> tuple[QModel, Scheme, History]:
     """Find a scheme that meets `target`, training `model` in place.
+
+    Of several processes each trains on its part of every batch, and all find the scheme of the first.
+
+    Args:
+        model: the instrumented network, with the float model's parameters.
+        task: training data.
+        budget: steps and learning rate of the search.
+        target: what the scheme has to keep.
+        method: a key of `METHODS`.
+        options: of the method.
+        seed: of noise, and of the order of the batches.
+        listener: hears of the progress.
+        checkpoint: where the state of a long search is kept meanwhile. A search that is called again as it was, after
+            it was killed, goes on from there and finds the same.
 
     Returns:
         The model with the scheme set and its weights as the search left them, the scheme, and what happened over the
@@ -86,11 +103,13 @@ def find_scheme(
     settings = make_options(method, options or {})
     check_budget(method, budget)
     target.check(model)
+    check_least(model, target)
     started = start(model, target)
     model, scheme, history = METHODS[method].function(
-        model, task, budget, started, settings, seed=seed, listener=listener
+        model, task, budget, started, settings, seed=seed, listener=listener, checkpoint=checkpoint
     )
+    scheme = parallel.from_first(scheme)
     if target.pruned:
         scheme = widen_thresholds(model, scheme, ZEROS)
-        model.set_scheme(scheme)
+    model.set_scheme(scheme)
     return model, scheme, history

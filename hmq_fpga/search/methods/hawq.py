@@ -16,7 +16,9 @@ from torch import Tensor
 
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.scheme import Scheme
+from hmq_fpga.search import parallel
 from hmq_fpga.search.calibrate import max_thresholds_log2, scheme_of
+from hmq_fpga.search.checkpoint import Checkpoint
 from hmq_fpga.search.graph import QModel
 from hmq_fpga.search.methods.widths import Costs, activation_formats, cheapest, weight_candidates
 from hmq_fpga.search.quantizers import Grid, fake_quantize
@@ -66,6 +68,7 @@ def hawq(
     *,
     seed: int,
     listener: Listener,
+    checkpoint: Checkpoint | None,  # noqa: ARG001
 ) -> tuple[QModel, Scheme, History]:
     """The bit-widths that disturb the loss least to second order, and thresholds of least squared error; no training.
 
@@ -156,17 +159,20 @@ def eigenvalues(
 
 
 class _Hessian:
-    """Of a loss, 0-d, with respect to tensors, known by its products with vectors."""
+    """Of a loss, 0-d, with respect to tensors, known by its products with vectors; of the mean over all processes."""
 
     def __init__(self, loss: Tensor, tensors: Sequence[Tensor]) -> None:
         self._tensors = tensors
         self._grads = torch.autograd.grad(loss, tensors, create_graph=True, materialize_grads=True)
 
     def times(self, vectors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(self._grads, self._tensors, vectors, retain_graph=True, materialize_grads=True)
+        products = torch.autograd.grad(self._grads, self._tensors, vectors, retain_graph=True, materialize_grads=True)
+        parallel.average(products)
+        return products
 
     def block_times(self, i: int, vector: Tensor) -> Tensor:
         (product,) = torch.autograd.grad(
             self._grads[i], self._tensors[i], vector, retain_graph=True, materialize_grads=True
         )
+        parallel.average([product])
         return product

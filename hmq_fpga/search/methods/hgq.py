@@ -22,14 +22,17 @@ from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.ir.scheme import Scheme, Widths
 from hmq_fpga.ir.scheme import Tensor as SchemeTensor
+from hmq_fpga.search import parallel
 from hmq_fpga.search.calibrate import SAMPLES as CALIBRATED
 from hmq_fpga.search.calibrate import LeastError, max_thresholds_log2
+from hmq_fpga.search.checkpoint import Checkpoint
 from hmq_fpga.search.graph import QModel
+from hmq_fpga.search.methods.training import NEWS
 from hmq_fpga.search.methods.widths import SAMPLES
-from hmq_fpga.search.optimizer import RAdam
 from hmq_fpga.search.quantizers import Grid, round_to_fractions
+from hmq_fpga.search.samples import InMemory
 from hmq_fpga.search.target import Bound, Target, activation_sites
-from hmq_fpga.search.train import Budget, History, Listener, Recorder, Task, batches, finished, finite
+from hmq_fpga.search.train import Budget, Figures, History, Listener, Task, finished, finite, learning, train
 
 FALLING = 0.6  # of the steps, until the bits have to be those of the bounds
 FALL_OF_A_WIDTH = 1 / 3  # of the steps, in which a width can go from the largest to zero
@@ -77,6 +80,7 @@ def hgq(
     *,
     seed: int,
     listener: Listener,
+    checkpoint: Checkpoint | None,
 ) -> tuple[QModel, Scheme, History]:
     """Train weights and their widths together, at a price of bits that drives their cost to the bounds.
 
@@ -88,45 +92,56 @@ def hgq(
     limits = max_thresholds_log2(model, task)
     widths = LearntWidths(model, target, limits, options.granularity)
     rate = options.width_learning_rate or widths.largest / (FALL_OF_A_WIDTH * steps)
-    optimizer = RAdam((model.parameters(), budget.learning_rate))
     of_widths = torch.optim.Adam([widths.fractions], rate, betas=BETAS)
-    formats = _activation_formats(model, task, activation_bits, limits, widths)
-    bounds = target.bounds(model, formats)
+    activations = _Activations(model, task, activation_bits, limits, widths)
+    bounds = target.bounds(model, activations.formats)
     prices = torch.from_numpy(widths.prices(bounds)).to(widths.fractions)
     price = _Price(steps=steps, first=float((prices @ widths()[1].detach()).max()))
-    recorder, every = Recorder(listener), max(steps // 150, 1)
-    model.train()
-    for step, (x, y) in enumerate(batches(task, steps, torch.Generator().manual_seed(seed))):
-        if step and step % max(steps // CALIBRATIONS, 1) == 0:
-            formats = _activation_formats(model, task, activation_bits, limits, widths)
+
+    def step(number: int, x: Tensor, y: Tensor) -> Figures:
+        if number and number % max(steps // CALIBRATIONS, 1) == 0:
+            activations.calibrate()
         weights, bits = widths()
-        returned, scores = finished(model, functional_call(model, weights, (x, _grids(formats))))
+        returned, scores = finished(model, functional_call(model, weights, (x, _grids(activations.formats))))
         task_loss, shares = task.loss(returned, y, scores), prices @ bits
         of_widths.zero_grad()
         optimizer.step(task_loss + price.value * shares.max())
+        parallel.average([parameter.grad for parameter in of_widths.param_groups[0]["params"]])
         of_widths.step()
         widths.keep_within()
-        price.follow(step, shares.max().item())
-        if step % every == 0 or step == steps - 1:
-            recorder(
-                step + 1,
-                steps,
-                {
-                    "epoch": task.epoch(step + 1),
-                    "loss": finite(task_loss),
-                    **task.accuracies("batch", scores, y),
-                    "rate_expected": bounds[0].rate / max(shares[0].item(), SLACK),
-                    "rate_actual": bounds[0].rate / max((prices[0] @ bits.detach().round()).item(), SLACK),
-                    "rate_target": bounds[0].rate / price.allowed(step),
-                    "price": price.value,
-                },
-            )
-    optimizer.release()
-    model.eval()
-    formats = _activation_formats(model, task, activation_bits, limits, widths)
-    scheme = _scheme(model, task, widths, formats, target.bounds(model, formats), options)
+        price.follow(number, shares.max().item())
+        return lambda: {
+            "loss": finite(task_loss),
+            **task.accuracies("batch", scores, y),
+            "rate_expected": bounds[0].rate / max(shares[0].item(), SLACK),
+            "rate_actual": bounds[0].rate / max((prices[0] @ bits.detach().round()).item(), SLACK),
+            "rate_target": bounds[0].rate / price.allowed(number),
+            "price": price.value,
+        }
+
+    with learning(model, task.stepper(model.parameters(), budget.learning_rate, steps)) as optimizer:
+        history = train(
+            step,
+            task,
+            parts={
+                "model": model,
+                "optimizer": optimizer,
+                "widths": widths,
+                "optimizer of widths": of_widths,
+                "price": price,
+                "activations": activations,
+            },
+            steps=steps,
+            seed=seed,
+            news=NEWS,
+            settings=("hgq", options, target, budget.learning_rate),
+            listener=listener,
+            checkpoint=checkpoint,
+        )
+    activations.calibrate()
+    scheme = _scheme(model, task, widths, activations.formats, target.bounds(model, activations.formats), options)
     model.set_scheme(scheme)
-    return model, scheme, recorder.history
+    return model, scheme, history
 
 
 @dataclass
@@ -147,6 +162,14 @@ class _Price:
     def allowed(self, step: int) -> float:
         """What may be spent at a step, as a multiple of what the bounds allow: it falls to one, geometrically."""
         return float(max(self.first, 1.0) ** max(1 - step / (FALLING * self.steps), 0))
+
+    def state_dict(self) -> dict[str, float]:
+        """The price, and what has been missed."""
+        return {"value": self.value, "missed": self._missed}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on with another's."""
+        self.value, self._missed = state["value"], state["missed"]
 
     def follow(self, step: int, spent: float) -> None:
         miss = spent / self.allowed(step) - 1
@@ -178,6 +201,15 @@ class LearntWidths:
         self._most = torch.tensor([float(bits[-1]) for bits in target.choices(model).values()], device=device)
         self.largest = float(self._most.max())
         self.fractions = nn.Parameter((self._most - self._integers())[self._tensor_of_group])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What is learnt."""
+        return {"fractions": self.fractions.detach()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on with another's."""
+        self.fractions.copy_(state["fractions"])
 
     def __call__(self) -> tuple[dict[str, Tensor], Tensor]:
         """The quantized weights by parameter of the model, and in a row their widths before these are rounded.
@@ -269,20 +301,40 @@ def _grids(formats: Formats) -> dict[str, Grid]:
     return {name: Grid.of(format_) for name, format_ in formats.items()}
 
 
-@torch.no_grad()
-def _activation_formats(
-    model: QModel, task: Task, bits: Mapping[str, int], limits: Mapping[str, int], widths: LearntWidths
-) -> dict[str, Fixed]:
-    """Of the input and every activation, with the weights as they are: thresholds of least error within limits."""
-    found = {
-        site.name: LeastError(signed=site.signed, bits=bits[site.name], max_threshold_log2=limits[site.name])
-        for site in activation_sites(model)
-    }
-    settings = {"grids": {}, "observe": lambda name, x: found[name].add(x)}
-    weights, _ = widths()
-    for batch in task.x_train[:CALIBRATED].split(task.batch_size):
-        functional_call(model, weights, (batch,), settings)
-    return {name: errors.format for name, errors in found.items()}
+class _Activations:
+    """Formats of the input and every activation, of the widths that R_a allows.
+
+    Attributes:
+        formats: of least error within limits, for the weights at the last calibration.
+    """
+
+    def __init__(
+        self, model: QModel, task: Task, bits: Mapping[str, int], limits: Mapping[str, int], widths: LearntWidths
+    ) -> None:
+        self._model, self._task, self._widths = model, task, widths
+        self._bits, self._limits = bits, limits
+        self.calibrate()
+
+    @torch.no_grad()
+    def calibrate(self) -> None:
+        """Choose thresholds anew, for the weights as they are."""
+        found = {
+            s.name: LeastError(signed=s.signed, bits=self._bits[s.name], max_threshold_log2=self._limits[s.name])
+            for s in activation_sites(self._model)
+        }
+        settings = {"grids": {}, "observe": lambda name, x: found[name].add(x)}
+        weights, _ = self._widths()
+        for batch in self._task.samples("train").head(CALIBRATED)[0].split(self._task.batch_size):
+            functional_call(self._model, weights, (batch,), settings)
+        self.formats = {name: errors.format for name, errors in found.items()}
+
+    def state_dict(self) -> dict[str, int]:
+        """Logarithms of the thresholds."""
+        return {name: f.threshold_log2 for name, f in self.formats.items()}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on with another's."""
+        self.formats = {name: f.with_threshold(state[name]) for name, f in self.formats.items()}
 
 
 def _curvature(model: QModel, task: Task, widths: LearntWidths, formats: Formats) -> Tensor:
@@ -290,8 +342,7 @@ def _curvature(model: QModel, task: Task, widths: LearntWidths, formats: Formats
     levels, bits = widths()
     weights = {name: weight.detach().requires_grad_() for name, weight in levels.items()}
     squares = torch.zeros_like(bits, requires_grad=False)
-    samples = (values[:SAMPLES].split(task.batch_size) for values in (task.x_train, task.y_train))
-    for x, y in zip(*samples, strict=True):
+    for x, y in InMemory(*task.samples("train").head(SAMPLES)).in_order(task.batch_size):
         returned, scores = finished(model, functional_call(model, weights, (x, _grids(formats))))
         gradients = torch.autograd.grad(task.loss(returned, y, scores), list(weights.values()))
         squares += torch.cat([gradient.flatten() for gradient in gradients]).square()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,7 +17,9 @@ from torch import Tensor
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.ir.scheme import Scheme
+from hmq_fpga.search import parallel
 from hmq_fpga.search.calibrate import scheme_of
+from hmq_fpga.search.checkpoint import Checkpoint
 from hmq_fpga.search.graph import QModel
 from hmq_fpga.search.methods.training import train_through
 from hmq_fpga.search.methods.widths import Widths, initial_formats
@@ -69,6 +71,7 @@ def msqe(
     *,
     seed: int,
     listener: Listener,
+    checkpoint: Checkpoint | None,
 ) -> tuple[QModel, Scheme, History]:
     """Choose bit-widths, then train weights through quantizers whose thresholds follow them; activations' stay.
 
@@ -89,7 +92,17 @@ def msqe(
                 follower.look(weights[name].detach())
         return fixed | {name: Grid.of(follower.format) for name, follower in followers.items()}
 
-    history = train_through(model, task, budget, grids, seed=seed, listener=listener)
+    history = train_through(
+        model,
+        task,
+        budget,
+        grids,
+        parts={f"format of {name}": follower for name, follower in followers.items()},
+        settings=("msqe", options, target),
+        seed=seed,
+        listener=listener,
+        checkpoint=checkpoint,
+    )
     found = {**formats, **{name: follower.format for name, follower in followers.items()}}
     scheme = scheme_of(model, found, {"method": "msqe", "widths": options.widths, "robust": options.robust})
     model.set_scheme(scheme)
@@ -108,10 +121,24 @@ class Follower:
         self._better_for = 0
         self._squared_gradient: Tensor | None = None
 
+    def state_dict(self) -> dict[str, Any]:
+        """Its threshold, and what it has seen."""
+        return {
+            "threshold_log2": self.format.threshold_log2,
+            "better_for": self._better_for,
+            "squared_gradient": self._squared_gradient,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with another's."""
+        self.format = self.format.with_threshold(state["threshold_log2"])
+        self._better_for = state["better_for"]
+        self._squared_gradient = state["squared_gradient"]
+
     def feel(self, gradient: Tensor) -> None:
         """Take a gradient of the loss into the running mean of its square."""
         old, new = self._squared_gradient, gradient.square()
-        self._squared_gradient = new if old is None else old.lerp(new, _NEW)
+        self._squared_gradient = new if old is None else old.to(new.device).lerp(new, _NEW)
 
     def look(self, weight: Tensor) -> None:
         """Change to the threshold of least error, once it has been better for long enough."""
@@ -125,7 +152,7 @@ class Follower:
     def _importance(self, weight: Tensor) -> Tensor | None:
         if self._options.robust == "outliers":
             return without_outliers(weight)
-        return self._squared_gradient
+        return None if self._squared_gradient is None else self._squared_gradient.to(weight.device)
 
 
 def without_outliers(weight: Tensor) -> Tensor:
@@ -165,5 +192,6 @@ def _feel(
     weights = model.weights
     returned, scores = finished(model, model(x, fixed))
     gradients = torch.autograd.grad(task.loss(returned, y, scores), list(weights.values()))
+    parallel.average(gradients)
     for name, gradient in zip(weights, gradients, strict=True):
         followers[name].feel(gradient)

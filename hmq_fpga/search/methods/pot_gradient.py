@@ -19,6 +19,7 @@ from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.ir.scheme import Scheme
 from hmq_fpga.search.calibrate import scheme_of
+from hmq_fpga.search.checkpoint import Checkpoint
 from hmq_fpga.search.graph import QModel
 from hmq_fpga.search.layers import Activation
 from hmq_fpga.search.methods.training import train_through
@@ -61,6 +62,7 @@ def pot_gradient(
     *,
     seed: int,
     listener: Listener,
+    checkpoint: Checkpoint | None,
 ) -> tuple[QModel, Scheme, History]:
     """Choose bit-widths, then train weights and the thresholds of all tensors together.
 
@@ -73,14 +75,25 @@ def pot_gradient(
         for node, layer in zip(model.nodes, model.layers, strict=True)
         if isinstance(layer, Activation) and layer.limit_log2 is not None
     }
-    thresholds = Thresholds(formats, limits, turns=options.turns).to(task.x_train.device)
+    thresholds = Thresholds(formats, limits, turns=options.turns).to(next(model.parameters()))
 
     def grids(_step: int, _x: Tensor, _y: Tensor) -> dict[str, TrainedGrid]:
         thresholds.settle()
         return thresholds.grids()
 
     adam = torch.optim.Adam(thresholds.parameters(), options.learning_rate)
-    history = train_through(model, task, budget, grids, adam, seed=seed, listener=listener)
+    history = train_through(
+        model,
+        task,
+        budget,
+        grids,
+        adam,
+        parts={"thresholds": thresholds},
+        settings=("pot_gradient", options, target),
+        seed=seed,
+        listener=listener,
+        checkpoint=checkpoint,
+    )
     thresholds.settle()
     scheme = scheme_of(model, thresholds.formats(), {"method": "pot_gradient", "widths": options.widths})
     model.set_scheme(scheme)
@@ -120,7 +133,7 @@ class Thresholds(nn.Module):
             "direction": torch.zeros_like(powers),
         }
         for name, tensor in state.items():
-            self.register_buffer(name, tensor, persistent=False)
+            self.register_buffer(name, tensor)
 
     @torch.no_grad()
     def settle(self) -> None:

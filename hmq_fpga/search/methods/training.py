@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 
-import torch
-from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
+from torch import Tensor, optim
 
+from hmq_fpga.search import parallel
+from hmq_fpga.search.checkpoint import Checkpoint, Stateful
 from hmq_fpga.search.graph import QModel
-from hmq_fpga.search.optimizer import RAdam
 from hmq_fpga.search.quantizers import Grid, TrainedGrid
-from hmq_fpga.search.train import Budget, History, Listener, Recorder, Task, batches, falling, finished, finite
+from hmq_fpga.search.train import Budget, Figures, History, Listener, Task, falling, finished, finite, learning, train
 
-_NEWS = 150  # how often listeners hear
+NEWS = 150  # how often listeners hear
 
 Grids = Mapping[str, Grid] | Mapping[str, TrainedGrid]
 
@@ -24,9 +22,12 @@ def train_through(
     task: Task,
     budget: Budget,
     grids: Callable[[int, Tensor, Tensor], Grids],
-    *others: torch.optim.Optimizer,
+    *others: optim.Optimizer,
+    parts: Mapping[str, Stateful],
+    settings: object,
     seed: int,
     listener: Listener,
+    checkpoint: Checkpoint | None,
 ) -> History:
     """Train a model for the steps of a search, at learning rates that fall to zero along a cosine.
 
@@ -36,26 +37,41 @@ def train_through(
         budget: its search's steps and learning rate.
         grids: asked before each step, with its number and batch, for the quantizers of all sites by name.
         others: optimizers of further parameters, whose learning rates fall likewise.
+        parts: what else changes meanwhile, by name.
+        settings: what decides the grids, see `train`.
         seed: of the order of the batches.
         listener: hears of the progress.
+        checkpoint: where the state is kept meanwhile.
     """
     steps = budget.search_steps
-    optimizer = RAdam((model.parameters(), budget.learning_rate))
-    schedules = [LambdaLR(other, partial(falling, steps=steps)) for other in others]
-    recorder = Recorder(listener)
-    every = max(steps // _NEWS, 1)
-    model.train()
-    for step, (x, y) in enumerate(batches(task, steps, torch.Generator().manual_seed(seed))):
-        returned, scores = finished(model, model(x, grids(step, x, y)))
+    rates = [[group["lr"] for group in other.param_groups] for other in others]
+
+    def step(number: int, x: Tensor, y: Tensor) -> Figures:
+        returned, scores = finished(model, model(x, grids(number, x, y)))
         loss = task.loss(returned, y, scores)
-        optimizer.step(loss, falling(step, steps))
-        for other, schedule in zip(others, schedules, strict=True):
+        optimizer.step(loss, falling(number, steps))
+        for other, initial in zip(others, rates, strict=True):
+            for group, rate in zip(other.param_groups, initial, strict=True):
+                group["lr"] = rate * falling(number, steps)
+                parallel.average(parameter.grad for parameter in group["params"])
             other.step()
             other.zero_grad()
-            schedule.step()
-        if step % every == 0 or step == steps - 1:
-            figures = {"epoch": task.epoch(step + 1), "loss": finite(loss), **task.accuracies("batch", scores, y)}
-            recorder(step + 1, steps, figures)
-    optimizer.release()
-    model.eval()
-    return recorder.history
+        return lambda: {"loss": finite(loss), **task.accuracies("batch", scores, y)}
+
+    with learning(model, task.stepper(model.parameters(), budget.learning_rate, steps)) as optimizer:
+        return train(
+            step,
+            task,
+            parts={
+                "model": model,
+                "optimizer": optimizer,
+                **{f"optimizer {i}": other for i, other in enumerate(others)},
+                **parts,
+            },
+            steps=steps,
+            seed=seed,
+            news=NEWS,
+            settings=(budget.learning_rate, settings),
+            listener=listener,
+            checkpoint=checkpoint,
+        )

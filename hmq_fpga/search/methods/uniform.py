@@ -9,6 +9,7 @@ from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.ir.scheme import Scheme
 from hmq_fpga.search.calibrate import least_error_formats, max_thresholds_log2, scheme_of
+from hmq_fpga.search.checkpoint import Checkpoint
 from hmq_fpga.search.graph import QModel
 from hmq_fpga.search.target import Target
 from hmq_fpga.search.train import Budget, History, Listener, Task
@@ -41,6 +42,7 @@ def uniform(
     *,
     seed: int,  # noqa: ARG001
     listener: Listener,
+    checkpoint: Checkpoint | None,  # noqa: ARG001
 ) -> tuple[QModel, Scheme, History]:
     """The widest single bit-width that meets the bounds on weights, and the widest that meets R_a; no training.
 

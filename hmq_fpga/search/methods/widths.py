@@ -11,6 +11,7 @@ from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.search.calibrate import least_error_format, least_error_formats, max_thresholds_log2
 from hmq_fpga.search.graph import QModel
 from hmq_fpga.search.quantizers import Grid
+from hmq_fpga.search.samples import InMemory
 from hmq_fpga.search.target import Bound, Target, cheapest_bits
 from hmq_fpga.search.train import Task, at_once, finished
 
@@ -41,16 +42,16 @@ def activation_formats(model: QModel, task: Task, target: Target, limits: Mappin
 
 @torch.no_grad()
 def rises(model: QModel, task: Task, formats: Mapping[str, Fixed], candidates: Candidates) -> Costs:
-    """How much the loss on training samples rises when one weight alone changes from `formats` to a candidate."""
-    x, y = task.x_train[:SAMPLES], task.y_train[:SAMPLES]
+    """How much the loss on training samples rises when one tensor alone changes from `formats` to a candidate."""
+    samples = InMemory(*task.samples("train").head(SAMPLES))
     grids = {name: Grid.of(f) for name, f in formats.items()}
 
     def loss(changed: Mapping[str, Grid]) -> float:
         total = 0.0
-        for batch, targets in zip(x.split(size := at_once(x)), y.split(size), strict=True):
+        for batch, targets in samples.in_order(at_once(samples.x)):
             returned, scores = finished(model, model(batch, {**grids, **changed}))
             total += float(task.loss(returned, targets, scores)) * len(batch)
-        return total / len(x)
+        return total / len(samples)
 
     before = loss({})
     return {
@@ -60,7 +61,7 @@ def rises(model: QModel, task: Task, formats: Mapping[str, Fixed], candidates: C
 
 
 def cheapest(candidates: Candidates, costs: Costs, bounds: Sequence[Bound]) -> dict[str, Fixed]:
-    """The candidates of least total cost within the bounds, by name of the weight; see `cheapest_bits`."""
+    """The candidates of least total cost within the bounds, by name of the tensor; see `cheapest_bits`."""
     largest = max(abs(cost) for of_weight in costs.values() for cost in of_weight.values())
     unit = largest / _LARGEST_COST or 1.0
     scaled = {name: {bits: cost / unit for bits, cost in of_weight.items()} for name, of_weight in costs.items()}

@@ -11,16 +11,17 @@ from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.scheme import Scheme
 from hmq_fpga.search.calibrate import max_thresholds_log2, scheme_of
+from hmq_fpga.search.checkpoint import Checkpoint
 from hmq_fpga.search.graph import QModel, Statistics
 from hmq_fpga.search.methods.widths import Costs, activation_formats, cheapest, weight_candidates
 from hmq_fpga.search.quantizers import Grid
 from hmq_fpga.search.target import Target
-from hmq_fpga.search.train import Budget, History, Listener, Recorder, Task, finished
+from hmq_fpga.search.train import Budget, Figures, History, Listener, Task, finished, ignore, repeat
 
 Distance = Literal["kl", "squared"]
 
@@ -61,6 +62,7 @@ def zeroq(
     *,
     seed: int,
     listener: Listener,
+    checkpoint: Checkpoint | None,
 ) -> tuple[QModel, Scheme, History]:
     """The bit-widths that change the outputs for made inputs least, and thresholds of least squared error on them.
 
@@ -73,9 +75,8 @@ def zeroq(
         raise InvalidInput(
             "method 'zeroq' makes data from the statistics of BatchNorms, and the model has none: use hawq or another"
         )
-    recorder = Recorder(listener)
     model.eval()
-    x = distil(model, options, seed=seed, recorder=recorder)
+    x, history = distil(model, options, seed=seed, listener=listener, checkpoint=checkpoint)
     made = Task(x_train=x, y_train=x, x_val=x, y_val=x, batch_size=len(x), input_shapes=task.input_shapes)
     limits = max_thresholds_log2(model, made)
     candidates, activations = weight_candidates(model, target, limits), activation_formats(model, made, target, limits)
@@ -86,30 +87,52 @@ def zeroq(
     widths = cheapest(candidates, costs, target.bounds(model, activations))
     scheme = scheme_of(model, {**activations, **widths}, {"method": "zeroq", "distance": options.distance})
     model.set_scheme(scheme)
-    return model, scheme, recorder.history
+    return model, scheme, history
 
 
-def distil(model: QModel, options: ZeroqOptions, *, seed: int, recorder: Recorder) -> Tensor:
+def distil(
+    model: QModel,
+    options: ZeroqOptions,
+    *,
+    seed: int,
+    listener: Listener = ignore,
+    checkpoint: Checkpoint | None = None,
+) -> tuple[Tensor, History]:
     """Inputs `(samples, *input_shape)` for which tensors have the statistics that BatchNorms stored of them.
 
     They begin as Gaussian noise; of inputs that cannot be negative the absolute value is taken.
     """
     random = torch.Generator().manual_seed(seed)
     like = next(model.parameters())
-    noise = torch.randn(options.samples, *model.input_shape, generator=random).to(like).requires_grad_()
+    noise = torch.randn(options.samples, *model.input_shape, generator=random)
+    made = nn.ParameterList([noise.to(like)])
     signed = any(site.signed for site in model.sites if site.kind == "input")
-    optimizer = torch.optim.Adam([noise], lr=options.learning_rate)
+
+    def inputs() -> Tensor:
+        found: Tensor = made[0]
+        return found if signed else found.abs()
+
+    optimizer = torch.optim.Adam(made, lr=options.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(options.steps, 1))
-    every = max(options.steps // 50, 1)
-    for step in range(1, options.steps + 1):
-        error = mismatch(model, noise if signed else noise.abs(), normalized=options.normalized)
-        (noise.grad,) = torch.autograd.grad(error, [noise])
+
+    def step(_number: int) -> Figures:
+        error = mismatch(model, inputs(), normalized=options.normalized)
+        (made[0].grad,) = torch.autograd.grad(error, [made[0]])
         optimizer.step()
         schedule.step()
-        if step % every == 0 or step == options.steps:
-            recorder(step, options.steps, {"statistics_error": float(error.detach())})
-    made = noise.detach()
-    return made if signed else made.abs()
+        return lambda: {"statistics_error": float(error.detach())}
+
+    history = repeat(
+        step,
+        lambda done: [()] * (options.steps - done),
+        parts={"model": model, "inputs": made, "optimizer": optimizer, "schedule": schedule},
+        steps=options.steps,
+        news=50,
+        settings=("zeroq", options),
+        listener=listener,
+        checkpoint=checkpoint,
+    )
+    return inputs().detach(), history
 
 
 def mismatch(model: QModel, x: Tensor, *, normalized: bool = False) -> Tensor:

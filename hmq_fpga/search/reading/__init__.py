@@ -14,12 +14,14 @@ from hmq_fpga.ir.errors import InvalidInput, UnsupportedLayer
 from hmq_fpga.ir.ops import Shape
 from hmq_fpga.search.graph import Node, QModel
 from hmq_fpga.search.layers import LINEAR_LAYERS, Join, joined
+from hmq_fpga.search.reading import sequences  # noqa: F401
 from hmq_fpga.search.reading.draft import Draft
 from hmq_fpga.search.reading.exported import BATCH, Exported, export, output_names
-from hmq_fpga.search.reading.operations import MOVES, TABLE
+from hmq_fpga.search.reading.operations import MOVES
 from hmq_fpga.search.reading.reader import Reader
 from hmq_fpga.search.reading.simplify import simplify
 from hmq_fpga.search.reading.sites import place_sites
+from hmq_fpga.search.reading.table import ABOUT, TABLE
 
 _TOLERANCE = 1e-4  # of a model in float64, whose folded weights are float32
 
@@ -38,13 +40,14 @@ def instrument(
     functions at the very end are left out. Every weight, the inputs, every ReLU, every function that becomes a table,
     and every other value that a layer with weights, a function or an operation on several tensors reads gets a site;
     the output stays an exact accumulator. The given model is left as it is. A layer that is used twice is one set of
-    parameters with formats for each use. What comes out computes what went in: both are run and compared in float64.
+    parameters with one format of its weight. What comes out computes what went in: both are run and compared in
+    float64.
 
     Args:
         model: any module that torch.export can read and whose operations are supported.
         input_shape: shape of one sample, channels first; of several inputs one each, in order or by keyword.
         input_signed: whether inputs can be negative.
-        keep_final: whether a final tanh or sigmoid becomes a table in hardware; else it is left out.
+        keep_final: whether a final tanh, sigmoid or softmax is computed in hardware; else it is left out.
 
     Raises:
         UnsupportedLayer: naming the operation that is not supported, its module and the place in the user's code; or
@@ -62,6 +65,17 @@ def instrument(
     if draft.is_exact:
         _compare(read, exported)
     return read
+
+
+def supported() -> dict[str, str]:
+    """What becomes of each operation, by the names of those that share an entry."""
+    without = {name for name, read in TABLE.items() if read.__name__ == "refuse"}
+    moves = " ".join(f"`{name}`" for name in sorted(MOVES))
+    return {
+        **ABOUT,
+        moves: "values of one sample at other places: no arithmetic and no logic, flattening goes into the weights",
+        " ".join(f"`{name}`" for name in sorted(without)): "refused",
+    }
 
 
 def _shapes(given: Shape | Sequence[Shape] | Mapping[str, Shape]) -> Sequence[Shape] | Mapping[str, Shape]:

@@ -24,7 +24,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.ops import Shape
-from hmq_fpga.search.layers import unwrapped
+from hmq_fpga.search.layers import UserTable, unwrapped
 
 BATCH = 2  # of the example inputs
 _TORCH = str(Path(torch.__file__).parent)
@@ -104,7 +104,7 @@ def export(model: nn.Module, shapes: Sequence[Shape] | Mapping[str, Shape], *, s
     batch = {0: Dim.AUTO}
     dynamic: Any = dict.fromkeys(keywords, batch) if keywords else _each_argument(module, batch, len(examples))
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), torch.no_grad(), _tables_read(module):
             program = torch.export.export(module, *arguments, strict=False, dynamic_shapes=dynamic)
     except (Exception, SystemExit) as error:  # it runs the user's forward: anything can come out of it
         reason = _first_line(error)
@@ -183,6 +183,19 @@ def _quiet() -> Iterator[None]:
             yield
         finally:
             logging.disable(before)
+
+
+@contextmanager
+def _tables_read(module: nn.Module) -> Iterator[None]:
+    """A user's table is one operation, whatever its function is made of."""
+    tables = [part for part in module.modules() if isinstance(part, UserTable)]
+    for table in tables:
+        table.is_read = True
+    try:
+        yield
+    finally:
+        for table in tables:
+            table.is_read = False
 
 
 def output_names(program: ExportedProgram) -> list[str]:

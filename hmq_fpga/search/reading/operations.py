@@ -1,8 +1,4 @@
-"""The operation table: how each of PyTorch's operations becomes layers.
-
-An entry is a function with the operation's name; its arguments are those of the operation that it understands, by
-PyTorch's names, the tensor that is read being `x`. Whatever else the operation takes must be as usual.
-"""
+"""Entries of the operation table for layers, arithmetic, functions, windows and sizes."""
 
 from __future__ import annotations
 
@@ -31,11 +27,10 @@ from hmq_fpga.search.layers import (
     Pad,
     Subtract,
     Upsample,
+    UserTable,
 )
-from hmq_fpga.search.reading.reader import Finished, Read, Reader, Value, require_constant
-
-TABLE: dict[str, Read] = {}
-_ABOUT: dict[str, str] = {}  # what is said to users of the operations of an entry
+from hmq_fpga.search.reading.reader import Reader, Value, require_constant
+from hmq_fpga.search.reading.table import entry, refused
 
 MOVES = frozenset(
     [
@@ -51,34 +46,22 @@ MOVES = frozenset(
 )
 
 
-def _entry(*names: str, about: str) -> Callable[[Read], Read]:
-    """Register a reader of operations, by default of the one whose name it has; `about`: what becomes of them."""
-
-    def register(read: Read) -> Read:
-        own = names or (read.__name__.strip("_"),)
-        TABLE.update(dict.fromkeys(own, read))
-        _ABOUT[" ".join(f"`{name}`" for name in own if not name.startswith("_"))] = about
-        return read
-
-    return register
-
-
 # --- nothing to do in evaluation -------------------------------------------------------------------------------------
 
 
-@_entry("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", about="left out, in evaluation")
+@entry("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", about="left out, in evaluation")
 def _dropout(r: Reader, x: Value, train: bool, p: float) -> Value:  # noqa: ARG001
     if train:
         raise UnsupportedLayer("acts in evaluation too; give it training=self.training")
     return r.nothing(x)
 
 
-@_entry("contiguous", "clone", "detach", "alias", "lift_fresh_copy", "identity", "resolve_conj", about="left out")
+@entry("contiguous", "clone", "detach", "alias", "lift_fresh_copy", "identity", "resolve_conj", about="left out")
 def _same(r: Reader, x: Value, memory_format: Any = None) -> Value:  # noqa: ARG001
     return r.nothing(x)
 
 
-@_entry("to", "_to_copy", "type_as", "float", "double", "half", about="left out between float types")
+@entry("to", "_to_copy", "type_as", "float", "double", "half", about="left out between float types")
 def _converted(r: Reader, x: Value, dtype: torch.dtype | None = None, other: Any = None, **_ignored: Any) -> Value:  # noqa: ARG001
     if dtype is not None and not dtype.is_floating_point:
         raise UnsupportedLayer(f"makes {str(dtype).removeprefix('torch.')} of its values; hardware rounds by itself")
@@ -88,14 +71,16 @@ def _converted(r: Reader, x: Value, dtype: torch.dtype | None = None, other: Any
 # --- layers with weights ---------------------------------------------------------------------------------------------
 
 
-def _linear_layer(r: Reader, x: Value, weight: Tensor, bias: Tensor | None, shape: Shape | None = None) -> Value:
+def linear_layer(
+    r: Reader, x: Value, weight: Tensor, bias: Tensor | None, shape: Shape | None = None, name: str = ""
+) -> Value:
     """`x @ weight.T + bias` over the last dimension."""
     outputs, inputs = weight.shape
     if not weight.numel():
         raise UnsupportedLayer("makes no values: one of its sizes is zero")
     layer = nn.Linear(inputs, outputs, device="meta")
     _own(r, layer, weight, bias)
-    return r.layer(layer, x, shape=shape)
+    return r.layer(layer, x, shape=shape, name=name)
 
 
 def _own(r: Reader, layer: Any, weight: Tensor, bias: Tensor | None) -> None:
@@ -104,13 +89,16 @@ def _own(r: Reader, layer: Any, weight: Tensor, bias: Tensor | None) -> None:
     layer.bias = nn.Parameter(torch.zeros(outputs)) if bias is None else r.parameter(bias)
 
 
-@_entry(about="a dense layer over the last dimension, with a learned weight format and exact accumulators")
+@entry(about="a dense layer over the last dimension, with a learned weight format and exact accumulators")
 def _linear(r: Reader, x: Value, weight: Any, bias: Any = None) -> Value:
     bias = bias if bias is None else require_constant(bias, "bias")
-    return _linear_layer(r, x, require_constant(weight, "weight"), bias)
+    return linear_layer(r, x, require_constant(weight, "weight"), bias)
 
 
-@_entry("matmul", "mm", "bmm", "mv", about="a dense layer, where one of the two is a constant matrix")
+@entry(
+    *("matmul", "mm", "bmm", "mv"),
+    about="a dense layer, where one of the two is a constant matrix; else exact products and their exact sums",
+)
 def _matmul(r: Reader, x: Any, other: Any = None, mat2: Any = None, vec: Any = None) -> Value:
     other = next(v for v in (other, mat2, vec) if v is not None)
     if not isinstance(x, Value):  # constant @ value: over the last dimension but one
@@ -118,17 +106,17 @@ def _matmul(r: Reader, x: Any, other: Any = None, mat2: Any = None, vec: Any = N
         if constant.ndim != 2 or len(r.full_shape(value)) < 2:
             raise UnsupportedLayer("multiplies by a constant of more than two dimensions")
         turned = r.moved(value, lambda i: i.transpose(-1, -2))
-        made = _linear_layer(r, turned, constant, None, (*turned.shape[:-1], len(constant)))
+        made = linear_layer(r, turned, constant, None, (*turned.shape[:-1], len(constant)))
         return r.moved(made, lambda i: i.transpose(-1, -2))  # type: ignore[no-any-return]
     if isinstance(other, Value):
-        raise UnsupportedLayer("multiplies two matrices that both depend on the input")
+        return product_of_matrices(r, x, other)
     other = _matrix(other)
     if other.ndim == 1:
-        made = _linear_layer(r, x, other[None], None, (*x.shape[:-1], 1))
+        made = linear_layer(r, x, other[None], None, (*x.shape[:-1], 1))
         return r.reshaped(made, r.shape)
     if other.ndim != 2:
         raise UnsupportedLayer("multiplies by a constant of more than two dimensions")
-    return _linear_layer(r, x, _turned(r, other), None)
+    return linear_layer(r, x, _turned(r, other), None)
 
 
 def _matrix(constant: Tensor) -> Tensor:
@@ -141,38 +129,77 @@ def _turned(r: Reader, matrix: Tensor) -> Tensor:
     return r.derived(matrix, "T", lambda: matrix.T.contiguous())
 
 
-@_entry(about="a dense layer, of a constant matrix")
+@entry(about="a dense layer, of a constant matrix")
 def _addmm(r: Reader, x: Any, mat1: Any, mat2: Any) -> Value:
     if isinstance(mat1, Value) and not isinstance(mat2, Value) and not isinstance(x, Value):
-        return _linear_layer(r, mat1, _turned(r, mat2), x.expand(mat2.shape[1]))
+        return linear_layer(r, mat1, _turned(r, mat2), x.expand(mat2.shape[1]))
     raise UnsupportedLayer("is supported as constant + value @ constant")
 
 
-@_entry(about="a dense layer: of a value and a constant, summed over what both share")
+def product_of_matrices(r: Reader, x: Value, other: Value) -> Value:
+    """`x @ other` of two values, `(…, n, k)` and `(…, k, m)`."""
+    dims = len(r.full_shape(x))
+    if dims != len(r.full_shape(other)) or dims < 3:
+        raise UnsupportedLayer("multiplies matrices of two values: give both the same three or more dimensions")
+    lead = torch.broadcast_shapes(r.full_shape(x)[:-2], r.full_shape(other)[:-2])
+    both = [r.moved(v, lambda i: i.expand(*lead, *i.shape[-2:])) for v in (x, other)]
+    (first, second), back, _ = r.turned(*both)
+    labels = "abcdefgh"[: len(r.full_shape(first)) - 2]
+    made = contracted(r, first, second, f"{labels}xy", f"{labels}yz", f"{labels}xz")
+    return r.moved(made, back) if back else made
+
+
+def contracted(r: Reader, x: Value, other: Value, ours: str, theirs: str, made: str) -> Value:
+    """Products of two values, exactly, summed over the dimensions that the result has not; all by their letters.
+
+    The batch is the first dimension of each.
+    """
+    if len({ours[0], theirs[0], made[0]}) > 1 or not r.is_batch_first(x) or not r.is_batch_first(other):
+        raise UnsupportedLayer("multiplies and sums over the batch; keep it as the first dimension of all")
+    sizes = dict(zip(ours + theirs, r.full_shape(x) + r.full_shape(other), strict=True))
+    summed = [c for c in dict.fromkeys(ours + theirs) if c not in made]
+    kept, values = math.prod(sizes[c] for c in made[1:]), math.prod(sizes[c] for c in summed)
+    order = [*made, *summed]
+
+    def spread(i: Tensor, letters: str) -> Tensor:
+        i = i.permute([letters.index(c) for c in order if c in letters])
+        for axis, c in enumerate(order):
+            i = i if c in letters else i.unsqueeze(axis)
+        return i.expand([sizes[c] for c in order]).reshape(len(i), kept, values)
+
+    first, second = r.moved(x, lambda i: spread(i, ours)), r.moved(other, lambda i: spread(i, theirs))
+    products = r.layer(Multiply(), first, second, shape=(kept, values), name="products")
+    sums = r.layer(sum_of((values,)), products, shape=(kept, 1), name="sums") if values > 1 else products
+    return r.reshaped(sums, tuple(sizes[c] for c in made[1:]))
+
+
+@entry(about="a dense layer: of a value and a constant, summed over what both share; of two values as `matmul`")
 def _einsum(r: Reader, equation: str, tensors: Sequence[Any]) -> Value:
     read, _, made = equation.replace(" ", "").partition("->")
     terms = read.split(",")
     values = [i for i, tensor in enumerate(tensors) if isinstance(tensor, Value)]
-    if "." in equation or not made or len(terms) != 2 or len(values) != 1:
-        raise UnsupportedLayer(f"einsum {equation!r}: two tensors are supported, one of them constant")
+    if "." in equation or not made or len(terms) != 2 or any(len(set(c)) < len(c) for c in (*terms, made)):
+        raise UnsupportedLayer(f"einsum {equation!r}: two tensors are supported, each dimension with a letter")
+    if len(values) == 2:
+        return contracted(r, tensors[0], tensors[1], terms[0], terms[1], made)
     x, constant = tensors[values[0]], require_constant(tensors[1 - values[0]], "second tensor")
     ours, theirs = terms[values[0]], terms[1 - values[0]]
     summed = [c for c in theirs if c in ours]
     kept, new = [c for c in ours if c not in summed], [c for c in theirs if c not in ours]
-    if set(summed) & set(made) or set(made) != {*kept, *new} or made[0] != ours[0] or len(set(ours)) < len(ours):
+    if set(summed) & set(made) or set(made) != {*kept, *new} or made[0] != ours[0]:
         raise UnsupportedLayer(f"einsum {equation!r}: sums over what both tensors share are supported, the batch first")
     x = r.moved(x, lambda i: i.permute([ours.index(c) for c in (*kept, *summed)]).flatten(len(kept)))
     matrix = constant.permute([theirs.index(c) for c in (*new, *summed)])
     matrix = matrix.reshape(math.prod(matrix.shape[: len(new)]), -1)
     sizes = [n for c, n in zip(theirs, constant.shape, strict=True) if c in new]
-    y = _linear_layer(r, x, matrix, None, (*x.shape[:-1], len(matrix)))
+    y = linear_layer(r, x, matrix, None, (*x.shape[:-1], len(matrix)))
     order = [*kept, *new]
     return r.moved(  # type: ignore[no-any-return]
         y, lambda i: i.reshape([*i.shape[:-1], *sizes]).permute([order.index(c) for c in made])
     )
 
 
-@_entry(about="exact products of two values, and a dense layer over them")
+@entry(about="exact products of two values, and a dense layer over them")
 def _bilinear(r: Reader, input1: Any, input2: Any, weight: Any, bias: Any = None) -> Value:
     if not (isinstance(input1, Value) and isinstance(input2, Value)):
         raise UnsupportedLayer("is supported where both tensors depend on the input")
@@ -181,12 +208,10 @@ def _bilinear(r: Reader, input1: Any, input2: Any, weight: Any, bias: Any = None
     first = r.moved(input1, lambda i: i.unsqueeze(-1).expand(*i.shape, m).flatten(-2))
     second = r.moved(input2, lambda i: i.unsqueeze(-2).expand(*i.shape[:-1], n, i.shape[-1]).flatten(-2))
     product = r.layer(Multiply(), first, second, shape=(*input1.shape[:-1], n * m), name="product")
-    return _linear_layer(r, product, weight.reshape(outputs, -1), bias)
+    return linear_layer(r, product, weight.reshape(outputs, -1), bias)
 
 
-@_entry(
-    "conv1d", "conv2d", about="a convolution; any stride, zero padding, dilation and groups, depthwise ones as such"
-)
+@entry("conv1d", "conv2d", about="a convolution; any stride, zero padding, dilation and groups, depthwise ones as such")
 def _conv(r: Reader, x: Value, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int) -> Value:
     weight = require_constant(weight, "weight")
     dims = weight.ndim - 2
@@ -204,7 +229,7 @@ def _conv(r: Reader, x: Value, weight: Any, bias: Any, stride: Any, padding: Any
     return r.layer(layer, x)
 
 
-@_entry(
+@entry(
     "conv_transpose1d",
     "conv_transpose2d",
     about="a convolution with zeros between the values that it reads; all settings",
@@ -234,9 +259,7 @@ def _conv_transpose(
 # --- constants -------------------------------------------------------------------------------------------------------
 
 
-@_entry(
-    about=("folded into the layer before or after where that is exact, else a scale and an exact shift per channel")
-)
+@entry(about=("folded into the layer before or after where that is exact, else a scale and an exact shift per channel"))
 def _batch_norm(
     r: Reader,
     x: Value,
@@ -255,7 +278,7 @@ def _batch_norm(
     return r.normalized(x, scale, shift, Statistics(running_mean, running_var.sqrt()))
 
 
-def _scaled(r: Reader, x: Value, scale: Any, shift: Any) -> Value:
+def scaled(r: Reader, x: Value, scale: Any, shift: Any) -> Value:
     """`x * scale + shift` for constants that fit its shape or widen it."""
     scale, shift = torch.broadcast_tensors(*(torch.as_tensor(c, dtype=torch.float64) for c in (scale, shift)))
     full = torch.broadcast_shapes(r.full_shape(x), scale.shape)
@@ -264,7 +287,7 @@ def _scaled(r: Reader, x: Value, scale: Any, shift: Any) -> Value:
     scale, shift = (c.reshape(*(1,) * (len(full) - c.ndim), *c.shape) for c in (scale, shift))
     if batch := r.batch_axis(x):
         first = r.moved(x, lambda i: i.movedim(batch, 0))
-        made = _scaled(r, first, scale.movedim(batch, 0), shift.movedim(batch, 0))
+        made = scaled(r, first, scale.movedim(batch, 0), shift.movedim(batch, 0))
         return r.moved(made, lambda i: i.movedim(0, batch))  # type: ignore[no-any-return]
     scale, shift = _of_sample(scale), _of_sample(shift)
     if not (torch.isfinite(scale).all() and torch.isfinite(shift).all()):
@@ -294,57 +317,57 @@ def _merged(r: Reader, layer: nn.Module, x: Value, other: Value) -> Value:
     return r.layer(layer, *both)
 
 
-@_entry(about="an exact sum; of a constant: folded as a BatchNorm is")
+@entry(about="an exact sum; of a constant: folded as a BatchNorm is")
 def _add(r: Reader, x: Any, other: Any, alpha: Any = 1) -> Value:
     if isinstance(x, Value) and isinstance(other, Value):
         if alpha != 1:
-            other = _scaled(r, other, alpha, 0)
+            other = scaled(r, other, alpha, 0)
         return _merged(r, Add(), x, other)
-    return _scaled(r, x, 1, alpha * other) if isinstance(x, Value) else _scaled(r, other, alpha, x)
+    return scaled(r, x, 1, alpha * other) if isinstance(x, Value) else scaled(r, other, alpha, x)
 
 
-@_entry("sub", "subtract", about="an exact difference; of a constant: folded as a BatchNorm is")
+@entry("sub", "subtract", about="an exact difference; of a constant: folded as a BatchNorm is")
 def _sub(r: Reader, x: Any, other: Any, alpha: Any = 1) -> Value:
     if isinstance(x, Value) and isinstance(other, Value):
         if alpha != 1:
-            other = _scaled(r, other, alpha, 0)
+            other = scaled(r, other, alpha, 0)
         return _merged(r, Subtract(), x, other)
-    return _scaled(r, x, 1, -alpha * other) if isinstance(x, Value) else _scaled(r, other, -alpha, x)
+    return scaled(r, x, 1, -alpha * other) if isinstance(x, Value) else scaled(r, other, -alpha, x)
 
 
-@_entry(about="an exact difference; of a constant: folded as a BatchNorm is")
+@entry(about="an exact difference; of a constant: folded as a BatchNorm is")
 def _rsub(r: Reader, x: Any, other: Any, alpha: Any = 1) -> Value:
     return _sub(r, other, x, alpha)  # type: ignore[no-any-return]
 
 
-@_entry("mul", "multiply", about="an exact product; of a constant: folded as a BatchNorm is")
+@entry("mul", "multiply", about="an exact product; of a constant: folded as a BatchNorm is")
 def _mul(r: Reader, x: Any, other: Any) -> Value:
     if isinstance(x, Value) and isinstance(other, Value):
         return _merged(r, Multiply(), x, other)
-    return _scaled(r, x, other, 0) if isinstance(x, Value) else _scaled(r, other, x, 0)
+    return scaled(r, x, other, 0) if isinstance(x, Value) else scaled(r, other, x, 0)
 
 
-@_entry("div", "divide", "true_divide", about="by a constant: folded as a BatchNorm is")
+@entry("div", "divide", "true_divide", about="by a constant: folded as a BatchNorm is")
 def _div(r: Reader, x: Any, other: Any, rounding_mode: Any = None) -> Value:
     if isinstance(other, Value) or rounding_mode is not None:
         raise UnsupportedLayer(
             "divides by a value that depends on the input, or rounds; divide by a constant, or multiply by a function "
             "such as torch.reciprocal"
         )
-    return _scaled(r, x, 1 / torch.as_tensor(other, dtype=torch.float64), 0)
+    return scaled(r, x, 1 / torch.as_tensor(other, dtype=torch.float64), 0)
 
 
-@_entry("neg", "negative", about="folded as a BatchNorm is")
+@entry("neg", "negative", about="folded as a BatchNorm is")
 def _neg(r: Reader, x: Value) -> Value:
-    return _scaled(r, x, -1, 0)
+    return scaled(r, x, -1, 0)
 
 
-@_entry("square", about="an exact product of the value with itself")
+@entry("square", about="an exact product of the value with itself")
 def _square(r: Reader, x: Value) -> Value:
     return r.layer(Multiply(), x, x)
 
 
-@_entry("pow", about="to a constant: 2 is an exact product, others are a table")
+@entry("pow", about="to a constant: 2 is an exact product, others are a table")
 def _pow(r: Reader, x: Any, exponent: Any) -> Value:
     if not isinstance(x, Value) or isinstance(exponent, Value):
         raise UnsupportedLayer("is supported for a constant exponent")
@@ -359,16 +382,16 @@ def _pow(r: Reader, x: Any, exponent: Any) -> Value:
 # --- several values --------------------------------------------------------------------------------------------------
 
 
-@_entry("maximum", "max", about="exact, of two values or over dimensions; of a constant: as `clamp`")
+@entry("maximum", "max", about="exact, of two values or over dimensions; of a constant: as `clamp`")
 def _maximum(r: Reader, x: Any, other: Any = None, dim: Any = None, keepdim: bool = False) -> Any:
     if other is None:
-        return (_reduced(r, x, dim, keepdim, _largest), None)
+        return (reduced(r, x, dim, keepdim, largest), None)
     if isinstance(x, Value) and isinstance(other, Value):
         return _merged(r, Maximum(), x, other)
     return _clamp(r, x, min=_scalar(other)) if isinstance(x, Value) else _clamp(r, other, min=_scalar(x))
 
 
-@_entry("minimum", "min", about="exact, of two values or over dimensions; of a constant: as `clamp`")
+@entry("minimum", "min", about="exact, of two values or over dimensions; of a constant: as `clamp`")
 def _minimum(r: Reader, x: Any, other: Any = None, dim: Any = None, keepdim: bool = False) -> Any:
     if other is None:
         return (_amin(r, x, dim, keepdim), None)
@@ -377,13 +400,13 @@ def _minimum(r: Reader, x: Any, other: Any = None, dim: Any = None, keepdim: boo
     return _clamp(r, x, max=_scalar(other)) if isinstance(x, Value) else _clamp(r, other, max=_scalar(x))
 
 
-@_entry(about="a sum with a constant share of the difference")
+@entry(about="a sum with a constant share of the difference")
 def _lerp(r: Reader, x: Any, end: Any, weight: Any) -> Value:
     weight = require_constant(weight, "weight")
     return _add(r, _mul(r, x, 1 - weight), _mul(r, end, weight))  # type: ignore[no-any-return]
 
 
-@_entry(about="where the condition is a constant: a scale and a shift, folded as a BatchNorm is")
+@entry(about="where the condition is a constant: a scale and a shift, folded as a BatchNorm is")
 def _where(r: Reader, condition: Any, x: Any, other: Any) -> Value:
     if isinstance(condition, Value):
         raise UnsupportedLayer("chooses by a value that depends on the input; use ReLU, clamp, maximum or minimum")
@@ -391,16 +414,16 @@ def _where(r: Reader, condition: Any, x: Any, other: Any) -> Value:
     if isinstance(x, Value) and isinstance(other, Value):
         return _add(r, _mul(r, x, chosen), _mul(r, other, 1 - chosen))  # type: ignore[no-any-return]
     if isinstance(x, Value):
-        return _scaled(r, x, chosen, torch.where(condition, 0.0, other))
-    return _scaled(r, other, 1 - chosen, torch.where(condition, x, 0.0))
+        return scaled(r, x, chosen, torch.where(condition, 0.0, other))
+    return scaled(r, other, 1 - chosen, torch.where(condition, x, 0.0))
 
 
-@_entry(about="as `where`")
+@entry(about="as `where`")
 def _masked_fill(r: Reader, x: Any, mask: Any, value: Any) -> Value:
     return _where(r, mask, value, x)  # type: ignore[no-any-return]
 
 
-@_entry("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", about="a constant")
+@entry("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", about="a constant")
 def _constant(r: Reader, x: Value, **_settings: Any) -> Tensor:  # noqa: ARG001
     return r.of_shape()
 
@@ -412,7 +435,7 @@ def _scalar(constant: Any) -> float:
     return float(values[0])
 
 
-@_entry(
+@entry(
     "cat",
     "concat",
     "concatenate",
@@ -447,11 +470,12 @@ def _cat(r: Reader, tensors: Sequence[Any], dim: int = 0) -> Value:
     placed = r.moved(made, lambda i: among(i.split(sizes, axis)))
     nothing = [torch.zeros(1, *r.full_shape(v)[1:], dtype=torch.float64) for v in values]
     shifts = [nothing.pop(0) if isinstance(v, Value) else v for v in constants]
-    return _scaled(r, placed, 1, torch.cat(shifts, axis)) if any(map(torch.any, shifts)) else placed
+    return scaled(r, placed, 1, torch.cat(shifts, axis)) if any(map(torch.any, shifts)) else placed
 
 
-@_entry(about="as `cat`")
-def _stack(r: Reader, tensors: Sequence[Any], dim: int = 0) -> Value:
+@entry(about="as `cat`")
+def stack(r: Reader, tensors: Sequence[Any], dim: int = 0) -> Value:
+    """Values side by side along a new dimension."""
     dims = len(next(r.full_shape(v) for v in tensors if isinstance(v, Value)))
     dim = dim % (dims + 1)
     along = dim or 1  # before the batch: behind it, and then the two change places
@@ -463,12 +487,12 @@ def _stack(r: Reader, tensors: Sequence[Any], dim: int = 0) -> Value:
 # --- functions of one value ------------------------------------------------------------------------------------------
 
 
-@_entry(about="the learned format, which is unsigned")
+@entry(about="the learned format, which is unsigned")
 def _relu(r: Reader, x: Value) -> Value:
     return r.layer(Activation(relu=True), x)
 
 
-@_entry(
+@entry(
     "clamp",
     "clip",
     about=(
@@ -495,27 +519,27 @@ class Clip(nn.Module):
         self.relu, self.high = relu, high
 
 
-@_entry("clamp_min", about="as `clamp`")
+@entry("clamp_min", about="as `clamp`")
 def _clamp_min(r: Reader, x: Value, min: Any) -> Value:
     return _clamp(r, x, min=min)  # type: ignore[no-any-return]
 
 
-@_entry("clamp_max", about="as `clamp`")
+@entry("clamp_max", about="as `clamp`")
 def _clamp_max(r: Reader, x: Value, max: Any) -> Value:
     return _clamp(r, x, max=max)  # type: ignore[no-any-return]
 
 
-@_entry("hardtanh", about="as `clamp`")
+@entry("hardtanh", about="as `clamp`")
 def _hardtanh(r: Reader, x: Value, min_val: float = -1.0, max_val: float = 1.0) -> Value:
     return _clamp(r, x, min=min_val, max=max_val)  # type: ignore[no-any-return]
 
 
-@_entry(about="as `clamp`")
+@entry(about="as `clamp`")
 def _relu6(r: Reader, x: Value) -> Value:
     return _clamp(r, x, min=0.0, max=6.0)  # type: ignore[no-any-return]
 
 
-@_entry("leaky_relu", about="exact for a slope 2^-k, else a table")
+@entry("leaky_relu", about="exact for a slope 2^-k, else a table")
 def _leaky(r: Reader, x: Value, negative_slope: float = 0.01) -> Value:
     mantissa, exponent = math.frexp(negative_slope)
     if mantissa == 0.5 and -15 <= exponent <= 1:
@@ -524,7 +548,7 @@ def _leaky(r: Reader, x: Value, negative_slope: float = 0.01) -> Value:
     return r.layer(Function("leaky_relu", leaky), x)
 
 
-@_entry(about="as `leaky_relu`; with slopes per channel a scale of the negative part, added to the positive one")
+@entry(about="as `leaky_relu`; with slopes per channel a scale of the negative part, added to the positive one")
 def _prelu(r: Reader, x: Value, weight: Any) -> Value:
     slopes = require_constant(weight, "weight").flatten()
     r.draft.notes.append(f"{r.label.path}: its slopes stay as they are, search and fine-tuning do not change them")
@@ -543,7 +567,7 @@ _FUNCTIONS = (
 _FINAL = ("sigmoid", "tanh", "log_sigmoid")
 
 
-@_entry(
+@entry(
     *_FUNCTIONS,
     about=(
         "a table from each code of a value of at most 12 bits to a code of the learned format; a final "
@@ -558,28 +582,17 @@ def _function(r: Reader, x: Value, **_numbers: Any) -> Any:
     return r.layer(Function(name, function), x)
 
 
-@_entry(
-    "softmax",
-    "log_softmax",
-    "_softmax",
-    "_log_softmax",
-    "argmax",
-    about="at the very end only, where it is left out: the hardware gives the values before it",
-)
-def _softmax(r: Reader, x: Value | Finished, dim: Any = None, **_settings: Any) -> Finished:
-    if dim is not None and dim % len(r.full_shape(x) if isinstance(x, Value) else (0, *x.shape)) == 0:
-        raise UnsupportedLayer("is taken over the batch; give the dimension of the scores, such as dim=1")
-    if not r.is_last:
-        raise UnsupportedLayer("is supported at the very end only, where it is removed; use ReLU here")
-    if r.keep_final:
-        raise UnsupportedLayer("is no function of one value, so hardware cannot keep it; do not ask for the final one")
-    return r.final(x, r.function()[1])
+@entry("table", about="`hmq_fpga.table(function)`, any function of one value: a table of it")
+def _table(r: Reader, x: Value) -> Value:
+    module = r.module()
+    assert isinstance(module, UserTable)
+    return r.layer(Function(module.name, module.function), x)
 
 
 # --- windows and sums ------------------------------------------------------------------------------------------------
 
 
-@_entry("max_pool1d", "max_pool2d", about="exact, with padding and ceil_mode")
+@entry("max_pool1d", "max_pool2d", about="exact, with padding and ceil_mode")
 def _max_pool(
     r: Reader,
     x: Value,
@@ -600,7 +613,7 @@ def _max_pool(
     return r.layer(MaxPool(window, steps, sides), x)
 
 
-@_entry("max_pool1d_with_indices", "max_pool2d_with_indices", about="exact, without the indices")
+@entry("max_pool1d_with_indices", "max_pool2d_with_indices", about="exact, without the indices")
 def _max_pool_with_indices(
     r: Reader, x: Value, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
 ) -> Any:
@@ -613,7 +626,7 @@ def _no_indices(r: Reader) -> None:
         raise UnsupportedLayer("max pooling is supported with return_indices=False")
 
 
-@_entry(
+@entry(
     "avg_pool1d",
     "avg_pool2d",
     about=(
@@ -645,17 +658,17 @@ def _avg_pool(
         x = r.layer(Pad(tuple((p, p) for p in pads)), x, shape=(x.shape[0], *grown), name="padding")
     if divisor_override:
         sums = r.layer(AvgPool(window, steps, 1), x)
-        return _scaled(r, sums, 1 / divisor_override, 0)
+        return scaled(r, sums, 1 / divisor_override, 0)
     return r.layer(AvgPool(window, steps), x)
 
 
-@_entry("adaptive_avg_pool1d", "adaptive_avg_pool2d", about="as `avg_pool2d`, to sizes that divide")
+@entry("adaptive_avg_pool1d", "adaptive_avg_pool2d", about="as `avg_pool2d`, to sizes that divide")
 def _adaptive_avg_pool(r: Reader, x: Value, output_size: Any) -> Value:  # noqa: ARG001
     window = _adaptive_window(x.shape, r.shape)
     return r.layer(AvgPool(window, window), x)
 
 
-@_entry("adaptive_max_pool1d", "adaptive_max_pool2d", about="exact, to sizes that divide")
+@entry("adaptive_max_pool1d", "adaptive_max_pool2d", about="exact, to sizes that divide")
 def _adaptive_max_pool(r: Reader, x: Value, output_size: Any) -> Any:
     _no_indices(r)
     made = (x.shape[0], *_each(output_size, len(x.shape) - 1))
@@ -675,19 +688,22 @@ def _windows(dims: int, kernel_size: Any, stride: Any, padding: Any) -> tuple[Sh
     return window, _each(stride, dims) if stride else window, _each(padding, dims)
 
 
-def _largest(window: Shape) -> nn.Module:
+def largest(window: Shape) -> nn.Module:
+    """For `reduced`."""
     return MaxPool(window, window, ((0, 0),) * len(window))
 
 
-def _mean_of(window: Shape) -> nn.Module:
+def mean_of(window: Shape) -> nn.Module:
+    """For `reduced`."""
     return AvgPool(window, window)
 
 
-def _sum_of(window: Shape) -> nn.Module:
+def sum_of(window: Shape) -> nn.Module:
+    """For `reduced`."""
     return AvgPool(window, window, 1)
 
 
-def _reduced(r: Reader, x: Value, dim: Any, keepdim: bool, pool: Callable[[Shape], nn.Module]) -> Value:
+def reduced(r: Reader, x: Value, dim: Any, keepdim: bool, pool: Callable[[Shape], nn.Module], name: str = "") -> Value:
     """One value for all along dimensions: a window over them."""
     full, batch = r.full_shape(x), r.batch_axis(x) or 0
     dims = sorted(d % len(full) for d in ((dim,) if isinstance(dim, int) else dim or range(len(full))))
@@ -695,18 +711,18 @@ def _reduced(r: Reader, x: Value, dim: Any, keepdim: bool, pool: Callable[[Shape
         raise UnsupportedLayer("is taken over the batch; name the other dimensions")
     if batch:
         first = r.moved(x, lambda i: i.movedim(batch, 0))
-        made = _reduced(r, first, [d + (d < batch) for d in dims], keepdim, pool)
+        made = reduced(r, first, [d + (d < batch) for d in dims], keepdim, pool, name)
         back = batch - (0 if keepdim else sum(d < batch for d in dims))
         return r.moved(made, lambda i: i.movedim(0, back))  # type: ignore[no-any-return]
     kept_shape = _without(full, dims, keepdim)
     if dims == list(range(2, len(full))) and len(full) in (3, 4):
         window, kept = full[2:], full[1]
-        pooled = r.layer(pool(window), x, shape=(kept, *(1 for _ in window)))
+        pooled = r.layer(pool(window), x, shape=(kept, *(1 for _ in window)), name=name)
     else:
         rest = [d for d in range(1, len(full)) if d not in dims]
-        kept, reduced = math.prod(full[d] for d in rest), math.prod(full[d] for d in dims)
-        rows = r.moved(x, lambda i: i.permute(0, *rest, *dims).reshape(len(i), kept, reduced))
-        pooled = r.layer(pool((reduced,)), rows, shape=(kept, 1))
+        kept, values = math.prod(full[d] for d in rest), math.prod(full[d] for d in dims)
+        rows = r.moved(x, lambda i: i.permute(0, *rest, *dims).reshape(len(i), kept, values))
+        pooled = r.layer(pool((values,)), rows, shape=(kept, 1), name=name)
     return r.reshaped(pooled, kept_shape)
 
 
@@ -714,27 +730,27 @@ def _without(full: Shape, dims: Sequence[int], keepdim: bool) -> Shape:
     return tuple(1 if d in dims else n for d, n in enumerate(full) if d and (keepdim or d not in dims))
 
 
-@_entry(about="over any dimensions but the batch's, as `avg_pool2d`")
+@entry(about="over any dimensions but the batch's, as `avg_pool2d`")
 def _mean(r: Reader, x: Value, dim: Any = None, keepdim: bool = False) -> Value:
-    return _reduced(r, x, dim, keepdim, _mean_of)
+    return reduced(r, x, dim, keepdim, mean_of)
 
 
-@_entry(about="over any dimensions but the batch's")
+@entry(about="over any dimensions but the batch's")
 def _sum(r: Reader, x: Value, dim: Any = None, keepdim: bool = False) -> Value:
-    return _reduced(r, x, dim, keepdim, _sum_of)
+    return reduced(r, x, dim, keepdim, sum_of)
 
 
-@_entry(about="over any dimensions but the batch's")
+@entry(about="over any dimensions but the batch's")
 def _amax(r: Reader, x: Value, dim: Any = None, keepdim: bool = False) -> Value:
-    return _reduced(r, x, dim, keepdim, _largest)
+    return reduced(r, x, dim, keepdim, largest)
 
 
-@_entry(about="as the largest of the negative values")
+@entry(about="as the largest of the negative values")
 def _amin(r: Reader, x: Value, dim: Any = None, keepdim: bool = False) -> Value:
-    return _neg(r, _reduced(r, _neg(r, x), dim, keepdim, _largest))  # type: ignore[no-any-return]
+    return _neg(r, reduced(r, _neg(r, x), dim, keepdim, largest))  # type: ignore[no-any-return]
 
 
-@_entry(about="an exact product with a table")
+@entry(about="an exact product with a table")
 def _glu(r: Reader, x: Value, dim: int = -1) -> Value:
     value, gate = r.moved(x, lambda i: i.chunk(2, dim))
     return r.layer(Multiply(), value, r.layer(Function("sigmoid", torch.sigmoid), gate, shape=gate.shape, name="gate"))
@@ -743,7 +759,7 @@ def _glu(r: Reader, x: Value, dim: int = -1) -> Value:
 # --- sizes -----------------------------------------------------------------------------------------------------------
 
 
-@_entry("pad", "constant_pad_nd", "zero_pad", about="of zeros, or of values of the edge")
+@entry("pad", "constant_pad_nd", "zero_pad", about="of zeros, or of values of the edge")
 def _pad(r: Reader, x: Value, pad: Sequence[int], mode: str = "constant", value: Any = None) -> Value:
     dims, sides = len(x.shape) - 1, list(zip(pad[::2], pad[1::2], strict=True))[::-1]
     if mode == "constant" and value:
@@ -753,7 +769,7 @@ def _pad(r: Reader, x: Value, pad: Sequence[int], mode: str = "constant", value:
     return r.moved(x, lambda i: nn.functional.pad(i, list(pad), mode))  # type: ignore[no-any-return]
 
 
-@_entry("upsample_nearest1d", "upsample_nearest2d", about="values repeated, by any factor")
+@entry("upsample_nearest1d", "upsample_nearest2d", about="values repeated, by any factor")
 def _upsample(r: Reader, x: Value, **_sizes: Any) -> Value:
     before, after = x.shape[1:], r.shape[1:]
     if any(m % n for n, m in zip(before, after, strict=True)):
@@ -761,7 +777,7 @@ def _upsample(r: Reader, x: Value, **_sizes: Any) -> Value:
     return r.layer(Upsample(tuple(m // n for n, m in zip(before, after, strict=True))), x)
 
 
-@_entry("upsample_linear1d", "upsample_bilinear2d", about="exact, by powers of two with align_corners=False")
+@entry("upsample_linear1d", "upsample_bilinear2d", about="exact, by powers of two with align_corners=False")
 def _upsample_linear(r: Reader, x: Value, align_corners: bool, **_sizes: Any) -> Value:
     before, after = x.shape[1:], r.shape[1:]
     factors = [m // n if m % n == 0 else 0 for n, m in zip(before, after, strict=True)]
@@ -779,56 +795,30 @@ def _each(value: Any, dims: int) -> tuple[int, ...]:
 # --- what has no exact form ------------------------------------------------------------------------------------------
 
 
-def _refused(*names: str, reason: str) -> None:
-    def refuse(_r: Reader, **_arguments: Any) -> None:
-        raise UnsupportedLayer(reason)
-
-    for name in names:
-        TABLE[name] = refuse
-
-
-_refused(
-    "layer_norm",
-    "native_layer_norm",
+refused(
     "group_norm",
     "native_group_norm",
     "instance_norm",
     "rms_norm",
     reason="divides by a deviation of its own input, which has no exact integer form; use BatchNorm",
 )
-_refused(
-    *("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"),
-    reason="recurrent layers are not supported; use convolutions over time",
-)
-_refused(
+refused(
     "embedding",
     "embedding_bag",
     reason="looks rows up by a number; give their values as inputs, or one-hot inputs to a Linear",
 )
-_refused(
+refused(
     "conv3d",
     "conv_transpose3d",
     "max_pool3d",
     "avg_pool3d",
     reason="works on three dimensions; one or two are supported",
 )
-_refused(
+refused(
     *("gt", "lt", "ge", "le", "eq", "ne", "greater", "less", "greater_equal", "less_equal", "logical_not"),
     reason="compares a value that depends on the input; use ReLU, clamp, maximum or minimum",
 )
-_refused(
+refused(
     *("fill", "copy", "index_put", "masked_scatter", "slice_scatter", "select_scatter"),
     reason="writes into a tensor; make a new one by torch.cat, torch.where or a product with a mask",
 )
-_refused("scaled_dot_product_attention", reason="multiplies two matrices that both depend on the input")
-
-
-def supported() -> dict[str, str]:
-    """What becomes of each operation, by the names of those that share an entry."""
-    refused = {name for name, read in TABLE.items() if read.__name__ == "refuse"}
-    moves = " ".join(f"`{name}`" for name in sorted(MOVES))
-    return {
-        **_ABOUT,
-        moves: "values of one sample at other places: no arithmetic and no logic, flattening goes into the weights",
-        " ".join(f"`{name}`" for name in sorted(refused)): "refused",
-    }

@@ -19,7 +19,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 from hmq_fpga.ir.errors import InvalidInput, UnsupportedLayer
 from hmq_fpga.ir.ops import Shape
 from hmq_fpga.search.graph import INPUT, Final, Node, Statistics
-from hmq_fpga.search.layers import FORMATTED_LAYERS, MERGING_LAYERS, Activation, Affine, AvgPool, Concat, MaxPool, Move
+from hmq_fpga.search.layers import (
+    FORMATTED_LAYERS,
+    MERGING_LAYERS,
+    MOVING_LAYERS,
+    Activation,
+    Affine,
+    AvgPool,
+    Concat,
+    MaxPool,
+    Move,
+)
 from hmq_fpga.search.reading.draft import Draft
 from hmq_fpga.search.reading.exported import BATCH, Exported, place
 
@@ -241,16 +251,9 @@ class Reader:
         """The result of a layer that does the same to each row, where the batch is not the first dimension."""
         if isinstance(layer, Affine) and len(self.full_shape(sources[0])) == 1:
             return None
-        rows, axes = {self._rows(x) for x in sources}, {self.batch_axis(x) for x in sources}
-        turned: list[Value]
-        if len(rows) == 1 and rows != {1}:
-            axis = 0
-            turned = [self.moved(x, lambda i: i.unflatten(0, (BATCH, -1))) for x in sources]
-        else:
-            axis = (axes.pop() if len(axes) == 1 else 0) or 0
-            if axis == 0 or (isinstance(layer, nn.Linear) and axis == len(self.full_shape(sources[0])) - 1):
-                return None
-            turned = [self.moved(x, lambda i: i.movedim(axis, 0)) for x in sources]
+        turned, back, axis = self.turned(*sources)
+        if back is None or (isinstance(layer, nn.Linear) and axis == len(self.full_shape(sources[0])) - 1):
+            return None
         if isinstance(layer, Affine) and layer.axis is not None and (axis == 0 or layer.axis + 1 < axis):
             layer.axis += 1
         shape = turned[0].shape
@@ -260,15 +263,32 @@ class Reader:
             shape=(*shape[:-1], layer.out_features) if isinstance(layer, nn.Linear) else shape,
             name=name,
         )
-        return self.moved(made, lambda i: i.movedim(0, axis) if axis else i.flatten(0, 1))  # type: ignore[no-any-return]
+        return self.moved(made, back)  # type: ignore[no-any-return]
 
-    def _rows(self, x: Value) -> int:
-        """How many rows of each sample stand where the batch does, as after `x.view(-1, n)`."""
-        n = 0 if x.index is None or not x.index.ndim else len(x.index)
-        if n <= BATCH or n % BATCH:
-            return 1
-        apart = self.moved(x, lambda i: i.unflatten(0, (BATCH, -1)))
-        return n // BATCH if self.is_batch_first(apart) else 1
+    def turned(self, *sources: Value) -> tuple[list[Value], Callable[[Tensor], Tensor] | None, int]:
+        """Values of one layout with the batch first, the way back, and the batch's dimension.
+
+        Rows of samples that stand where the batch does become a dimension of their own. None: they are so already.
+        """
+        axes = {self.batch_axis(x) for x in sources}
+        if axes == {None} and all(len(self.full_shape(x)) and self.full_shape(x)[0] % BATCH == 0 for x in sources):
+            for apart, together in _ROWS:
+                split = [self.moved(x, apart) for x in sources]
+                if all(map(self.is_batch_first, split)):
+                    return split, together, 0
+        axis = (axes.pop() if len(axes) == 1 else 0) or 0
+        if axis == 0:
+            return list(sources), None, 0
+        return [self.moved(x, lambda i: i.movedim(axis, 0)) for x in sources], lambda i: i.movedim(0, axis), axis
+
+    def formatted(self, x: Value) -> Value:
+        """The value in a format of its own: behind a quantizer, where it has none yet."""
+        origin = x.tensor
+        while origin in self.draft.layers and isinstance(self.draft.layers[origin], MOVING_LAYERS):
+            (origin,) = self.draft.nodes[origin].sources
+        if origin in self.draft.inputs or isinstance(self.draft.layers[origin], FORMATTED_LAYERS):
+            return x
+        return self.layer(Activation(relu=False), x, shape=x.shape, name="read")
 
     def parameter(self, constant: Tensor) -> nn.Parameter:
         """The same one for the same constant: what the user's model shares stays shared."""
@@ -289,6 +309,11 @@ class Reader:
         for argument, value in zip(self.node.target._schema.arguments[1:], self.node.args[1:], strict=False):  # type: ignore[union-attr]
             settings[argument.name] = value
         return name, functools.partial(getattr(torch.ops.aten, name), **settings, **self.node.kwargs)
+
+    def module(self) -> nn.Module:
+        """The user's module that the operation is in."""
+        path, _ = next(reversed(self.node.meta["nn_module_stack"].values()))
+        return self._exported.module.get_submodule(path)
 
     def affine(self, x: Value, weight: Tensor, bias: Tensor, axis: int | None) -> Value:
         """`x * weight + bias` along a dimension of the sample."""
@@ -330,7 +355,11 @@ class Reader:
 
     def moved(self, x: Value, function: Callable[[Tensor], Any]) -> Any:
         """A value, or a tuple of such, whose places a function of the whole batch changes."""
-        return self._moved(x, function, (x,), {})
+        label = self.label
+        self.label = replace(label, name=f"{label.name}_moved")  # the name itself is for what the operation makes
+        moved = self._moved(x, function, (x,), {})
+        self.label = label
+        return moved
 
     def reshaped(self, x: Value, shape: Shape) -> Value:
         """The values in a row in another shape of the sample."""
@@ -414,7 +443,7 @@ class Reader:
         kind = cls.rpartition(".")[2]
         is_module = cls.startswith("torch.nn.") and kind != "Sequential"
         if is_module:
-            lone = self._calls[self._call_of(node)] == 1 or name.startswith(("linear", "conv"))
+            lone = self._calls[self._call_of(node)] == 1 or name.startswith(("linear", "conv", "gru", "lstm", "rnn"))
             own, raw = path, self._numbered(_word(path if lone else f"{path}.{name}"))
         else:
             kind = "interpolate" if name.startswith("upsample") else name
@@ -447,6 +476,10 @@ class Finished:
 
 
 FINALS = frozenset(["softmax", "log_softmax", "argmax"])  # of which one may come after another
+_ROWS: tuple[tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]], ...] = (  # of samples, apart and back
+    (lambda i: i.unflatten(0, (BATCH, -1)), lambda i: i.flatten(0, 1)),  # sample after sample
+    (lambda i: i.unflatten(0, (-1, BATCH)).movedim(1, 0), lambda i: i.movedim(0, 1).flatten(0, 1)),  # in turn
+)
 _RESHAPES = frozenset(["squeeze", "unsqueeze", "flatten", "unflatten", "view", "reshape", "ravel"])
 
 

@@ -7,8 +7,10 @@ parameter: what is changed for one of them is its own from then on.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hmq_fpga.ir.errors import UnsupportedLayer
@@ -40,9 +42,46 @@ def simplify(draft: Draft) -> None:
     Raises:
         UnsupportedLayer: for a mean whose divisor no layer can take.
     """
+    pick_parts(draft)
+    drop_unread(draft)
     fold_affines(draft)
     settle_clips(draft)
     settle_means(draft)
+
+
+# --- what is not read ------------------------------------------------------------------------------------------------
+
+
+def pick_parts(draft: Draft) -> None:
+    """Let what takes values of a single one of joined tensors read that one, as the last of all states."""
+    for name, layer in list(draft.layers.items()):
+        joined = draft.layers.get(draft.nodes[name].sources[0])
+        if not isinstance(layer, Move) or not isinstance(joined, Concat):
+            continue
+        parts = draft.nodes[draft.nodes[name].sources[0]].sources
+        sizes = [draft.size(part) for part in parts]
+        starts = [sum(sizes[:n]) for n in range(len(parts))]
+        places = torch.cat(
+            [
+                start + torch.arange(size).view(draft.shape(p))
+                for p, start, size in zip(parts, starts, sizes, strict=True)
+            ],
+            joined.axis,
+        )
+        index = torch.where(layer.index < 0, -1, places.flatten()[layer.index.clamp(min=0)])
+        n = max(n for n, start in enumerate(starts) if start <= int(index.max()))
+        within = index - starts[n]
+        if bool(((within >= 0) | (index < 0)).all()):
+            draft.layers[name] = Move(torch.where(index < 0, -1, within), sizes[n])
+            draft.nodes[name] = replace(draft.nodes[name], sources=(parts[n],))
+
+
+def drop_unread(draft: Draft) -> None:
+    """Take out layers whose results nothing reads."""
+    for name in reversed(list(draft.nodes)):
+        if name not in draft.outputs and not draft.readers(name):
+            del draft.nodes[name], draft.layers[name]
+            draft.statistics.pop(name, None)
 
 
 # --- scales and shifts -----------------------------------------------------------------------------------------------

@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from hmq_fpga.deploy.coverage import EVENTS
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.scheme import Scheme
 from hmq_fpga.study.pages.run_plots import finetune_figure, formats_figure, search_figure
 from hmq_fpga.study.run.config import bounds_in, told
 from hmq_fpga.study.run.stages import read_record
+from hmq_fpga.study.sweep.pareto import STAGES
 
 PAGE = "report.html"
+ACCURACY = ("accuracy", "accuracy", True)
+FIGURES = (  # name among the metrics, what it is called, whether it is a share
+    ("metric", "metric of one's own", False),
+    ("loss", "loss", False),
+    ("label_accuracy", "labels right", True),
+    ("f1_micro", "F1 of all labels", True),
+    ("f1_macro", "mean F1 of a label", True),
+    ("mse", "squared error", False),
+    ("rmse", "root of it", False),
+    ("mae", "absolute error", False),
+    ("r2", "R²", False),
+)
+AUDIT = "audit.json"
 
 
 def write_page(folder: Path) -> Path:
@@ -38,9 +53,13 @@ def put(folder: Path, text: str) -> Path:
 def _page(folder: Path) -> str:
     record = read_record(folder)
     config = record.get("config", {})
+    parity = stored(folder / "parity.json") or {}
+    had = {event for tensor in parity.get("coverage", {}).get("tensors", ()) for event in tensor["events"]}
     scheme = Scheme.load(folder / "scheme.json") if (folder / "scheme.json").exists() else Scheme(())
+    resources = stored(folder / "resources.json") or []
+    ranges = stored(folder / "ranges.json")
     figures = {
-        "formats": formats_figure(scheme.tensors) if scheme else "",
+        "formats": formats_figure(scheme.tensors, ranges) if scheme else "",
         "search": search_figure(stored(folder / "search.json") or {}),
         "finetune": finetune_figure(stored(folder / "finetune.json") or {}),
     }
@@ -52,16 +71,35 @@ def _page(folder: Path) -> str:
             asked=told(bounds_in(config)),
             settings=yaml.safe_dump(given(config), sort_keys=False, default_flow_style=None, allow_unicode=True),
             metrics=record.get("metrics", {}),
+            data=record.get("data", {"notes": []}),
+            figures_told=FIGURES,
+            figures_of_target=(ACCURACY, *FIGURES),
             stages=record.get("stages", {}),
             versions=record.get("versions", {}),
             tensors=scheme.tensors,
             found_by=scheme.found_by,
             description=stored(folder / "layers.json"),
-            parity=stored(folder / "parity.json"),
-            resources=stored(folder / "resources.json") or [],
+            parity=parity,
+            events={event: meaning for event, meaning in EVENTS.items() if event in had},
+            audit=_audit(folder, record),
+            resources=resources,
+            told_by=most_telling(resources),
+            ranges=ranges,
             figures=figures,
         )
     )
+
+
+def most_telling(resources: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The record of the stage that is nearest to hardware, of those that count LUTs."""
+    found = {record["stage"]: record for record in resources if record.get("lut") is not None}
+    return next((found[stage] for stage in STAGES if stage in found), None)
+
+
+def _audit(folder: Path, record: Mapping[str, Any]) -> Any:
+    """The audit of the run's network, if there was one."""
+    found = stored(folder / AUDIT)
+    return found if found and found["qnet"] == record.get("metrics", {}).get("qnet_digest") else None
 
 
 def environment() -> Environment:

@@ -46,8 +46,14 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def formats_figure(tensors: Sequence[Tensor]) -> str:
-    """Bit-width of each tensor, or its mean, and the bit positions it covers, from its step up to its threshold."""
+def formats_figure(tensors: Sequence[Tensor], ranges: Mapping[str, Any] | None = None) -> str:
+    """Bit-width of each tensor, or its mean, and its values against what its format holds.
+
+    Args:
+        tensors: of a scheme.
+        ranges: content of `ranges.json`: a box and whiskers of the magnitudes of each tensor's values, as `_box` draws.
+    """
+    boxes = ranges["tensors"] if ranges else {}
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 0.9 + 0.27 * len(tensors)), layout="constrained")
         bits, spans = figure.subplots(1, 2, sharey=True, width_ratios=(2, 3))
@@ -60,10 +66,11 @@ def formats_figure(tensors: Sequence[Tensor]) -> str:
         bits.invert_yaxis()
         steps = [-t.format.frac for t in tensors]
         lengths = [t.format.threshold_log2 + t.format.frac for t in tensors]
-        spans.barh(rows, lengths, left=steps, color=colours, height=0.18)
+        spans.barh(rows, lengths, left=steps, color=INK, alpha=0.16, height=0.62)
         for row, (tensor, colour) in enumerate(zip(tensors, colours, strict=True)):
-            spans.plot(tensor.format.threshold_log2, row, "o", color=colour, markersize=5)
-        spans.set_xlabel("log2 of step … threshold (dot)")
+            if quantiles := boxes.get(tensor.name, {}).get("log2"):
+                _box(spans, row, quantiles, colour)
+        spans.set_xlabel("log2 of |value|")
         for axes in (bits, spans):
             axes.grid(axis="y", visible=False)
             axes.tick_params(axis="y", length=0)
@@ -74,6 +81,15 @@ def formats_figure(tensors: Sequence[Tensor]) -> str:
         return inline_svg(figure, "formats")
 
 
+def _box(axes: Axes, row: int, quantiles: Sequence[float], colour: str) -> None:
+    """Whiskers from one in a hundred values to the largest, a box of the quartiles, a line at the median."""
+    _, low, first, median, third, high = quantiles
+    axes.plot([low, high], [row, row], "-", color=colour, linewidth=1.1)
+    axes.plot([low, high], [row, row], "|", color=colour, markersize=5)
+    axes.barh(row, third - first, left=first, height=0.36, color=colour, alpha=0.75)
+    axes.plot([median, median], [row - 0.18, row + 0.18], "-", color=INK, linewidth=1.1)
+
+
 def short(name: str) -> str:
     """The end of a long path, which tells more than its start."""
     return name if len(name) <= LONGEST else f"…{name[1 - LONGEST :]}"
@@ -82,13 +98,15 @@ def short(name: str) -> str:
 def search_figure(history: History) -> str:
     """Weight rates over the steps of the search (asked for, expected, and of the current choice), and temperature."""
     lines = {"rate_target": "asked for", "rate_expected": "expected", "rate_actual": "actual"}
-    return _curves(history, "search", [("rate R_w", lines), ("temperature", {"temperature": ""})])
+    return _curves(history, "search", [("R_w, float bits / bits", lines), ("temperature", {"temperature": ""})])
 
 
 def finetune_figure(history: History) -> str:
     """Loss and validation accuracy over the steps of the fine-tuning."""
     losses = {"loss": "training", "val_loss": "validation"}
-    return _curves(history, "finetune", [("loss", losses), ("val. accuracy", {"val_accuracy": ""})])
+    percent = {"val_accuracy": [100 * share for share in history.get("val_accuracy", ())]}
+    shown = {**history, **(percent if "val_accuracy" in history else {})}
+    return _curves(shown, "finetune", [("loss", losses), ("val. accuracy, %", {"val_accuracy": ""})])
 
 
 def _curves(history: History, name: str, panels: Sequence[tuple[str, Mapping[str, str]]]) -> str:

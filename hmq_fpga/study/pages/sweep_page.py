@@ -49,6 +49,7 @@ def write_sweep_page(folder: Path) -> Path:
             rows=rows,
             asked={row["run"]: pareto.asked(row) for row in rows},
             groups=[_summary(group) for group in found],
+            choice=_choice(pareto.recommended(rows)),
             lut=pareto.lut_axis(rows),
             score=pareto.score_axis(rows),
             float_score=_float(pareto.score_axis(rows)),
@@ -103,6 +104,32 @@ def _summary(group: Group) -> dict[str, Any]:
         "bops": fmean(row["bops"] for row in group.rows),
         "lut": spread[0] if (axis := pareto.lut_axis(group.rows)) and (spread := group.spread(axis)) else None,
         "exact": all(row["parity_passed"] for row in group.rows),
+    }
+
+
+def _choice(choice: pareto.Choice | None) -> dict[str, Any] | None:
+    """What to take, as the page says it."""
+    if choice is None:
+        return None
+
+    def told(group: Group) -> dict[str, Any]:
+        spreads = {"score": group.spread(choice.score), "cost": group.spread(choice.cost)}
+        return {"asked": group.asked, "method": group.method, "ra": group.ra, "seeds": len(group.rows)} | {
+            name: spread[0] for name, spread in spreads.items() if spread
+        }
+
+    taken, cheaper = told(choice.taken), choice.cheaper and told(choice.cheaper)
+    return {
+        "taken": taken,
+        "best": told(choice.best),
+        "is_best": choice.taken is choice.best,
+        "error": choice.error,
+        "cheaper": cheaper,
+        "lost": choice.lost(),
+        "saved": 1 - cheaper["cost"] / taken["cost"] if cheaper else 0.0,
+        "score": choice.score.label,
+        "cost": choice.cost.label,
+        "unit": "points" if choice.score.scale == 100 else "of squared error",
     }
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from hmq_fpga.deploy.rtl.devices import find_device
 from hmq_fpga.deploy.settings import DEFAULT_PART, Estimate, Hardware, HlsBackend, IoType, LayerSettings, Strategy
 from hmq_fpga.ir.errors import InvalidInput
 
@@ -73,9 +75,21 @@ class RunConfig(BaseModel):
         method, options: search method and its options.
         zeros: share of zero weights to aim for, by larger thresholds and pruning while fine-tuning.
         distill: whether fine-tuning learns from the float model too.
+        label_smoothing: share of a class's probability that is spread over all; by default see `smoothing`.
+        input_noise: of training inputs, in deviations of each input value; by default the task's, of one's own none.
+        class_weights: how much the samples of each class count, or `balanced`: every class as much as any other.
+        loss, metric, optimizer, scheduler: functions in the file of one's own model, by name; see `train.Task`.
+        keep: the last state of the float training, of a search by `hmq` and of the fine-tuning, or that which is best
+            on validation data.
+        tries: searches with the seeds from `seed` on, each of them fine-tuned; the best on validation data is kept.
         seed: of initial weights, batches and noise.
-        device: where to train and search.
-        data: file or folder in place of the task's own source.
+        device: where to train and search: `cpu`, `cuda`, or `cuda:N` for one of several GPUs.
+        checkpoint_s: seconds after which the state of a long stage is written anew; killed, it goes on from there.
+        data: file or folder in place of the task's own source, or of the function `data` beside one's own model.
+        target: column of a table that is to be learnt; by default the last.
+        target_kind: `classes`, `labels` (of which a sample may have several) or `values`, where targets could be more
+            than one of them.
+        workers: processes that load a torch `Dataset`.
         normalize: whether inputs lose the training data's mean and are divided by its deviation, of each feature or
             channel; both are kept in the run's `normalization.json`, and the hardware takes inputs so normalized.
         keep_final: whether a final tanh or sigmoid of a regression becomes a table in hardware; else it is left out,
@@ -89,8 +103,9 @@ class RunConfig(BaseModel):
         latency_cutoff: of the Verilog: most delay between two registers, in ns of the tracer's own delay model; 0: no
             registers.
         estimate: resources without vendor tools. `trace`: Verilog, and its tracer's own figures; `rtl`: also
-            simulated by Verilator and synthesized by Yosys; `model`: LUTs by a fitted formula, no Verilog, which
-            is also what a network gets that is too large to unroll; `none`.
+            simulated by Verilator and synthesized by Yosys; `route`: Verilog, placed and routed by nextpnr; `model`:
+            LUTs by a fitted formula, no Verilog, which is also what a network gets that is too large to unroll; `none`.
+        route_device: what the estimate `route` places on, `ecp5-85k` by default.
         parity_samples: the first of the test split, whose parity is proven; by default the task's, which are all but
             for residual networks.
         out: the run's folder.
@@ -112,9 +127,22 @@ class RunConfig(BaseModel):
     options: dict[str, Any] = Field(default_factory=dict)
     zeros: float | None = Field(default=None, gt=0, lt=1)
     distill: bool = False
+    label_smoothing: float | None = Field(default=None, ge=0, lt=1)
+    input_noise: float | None = Field(default=None, ge=0)
+    class_weights: Literal["balanced"] | tuple[float, ...] | None = None
+    loss: str | None = None
+    metric: str | None = None
+    optimizer: str | None = None
+    scheduler: str | None = None
+    keep: Literal["last", "best"] = "last"
+    tries: int = Field(default=1, ge=1)
     seed: int = Field(default=0, ge=0)
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: str = "cpu"
+    checkpoint_s: float = Field(default=120, ge=0)
     data: Path | None = None
+    target: str | None = None
+    target_kind: Literal["classes", "labels", "values"] | None = None
+    workers: int = Field(default=0, ge=0)
     normalize: bool = False
     keep_final: bool = False
     weights: Path | None = None
@@ -130,13 +158,34 @@ class RunConfig(BaseModel):
     layers: dict[str, LayerSettings] = Field(default_factory=dict)
     latency_cutoff: float = Field(default=5.0, ge=0)
     estimate: Estimate = "trace"
+    route_device: str | None = None
     parity_samples: int | None = Field(default=None, ge=1)
     out: Path | None = None
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, device: str) -> str:
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+            raise ValueError("give cpu, cuda, or cuda:N for one of several GPUs")
+        return device
+
+    @field_validator("route_device")
+    @classmethod
+    def _known_fpga(cls, device: str | None) -> str | None:
+        if device is not None:
+            find_device(device)
+        return device
 
     @model_validator(mode="after")
     def _one_pruning(self) -> RunConfig:
         if len(given := [name for name in ("zeros", "luts", "ebops") if getattr(self, name) is not None]) > 1:
             raise ValueError(f"{' and '.join(given)} all prune: give one")
+        if given and self.keep == "best":
+            raise ValueError(f"keep best: {given[0]} prunes until the last step, whose state alone keeps it: keep last")
+        if self.route_device and self.estimate != "route":
+            raise ValueError("route_device: is for estimate: route")
+        if self.scheduler and not self.optimizer:
+            raise ValueError("scheduler: give the optimizer that it is of, too")
         return self
 
     @model_validator(mode="before")
@@ -155,6 +204,17 @@ class RunConfig(BaseModel):
         """The run's folder."""
         name = Path(self.task.rpartition(":")[0]).stem if ":" in self.task else self.task
         return self.out or Path("hls_projects") / name / f"{self.method}-{labelled(self.bounds)}-seed{self.seed}"
+
+    def smoothing(self, of_task: float) -> float:
+        """The label smoothing that counts: by default the task's, and none where a network is pruned or distilled.
+
+        A pruned one has no capacity to spare for it, and smoothed teachers tell less (Müller, Kornblith, Hinton, "When
+        Does Label Smoothing Help?", 2019, Section 4).
+        """
+        if self.label_smoothing is not None:
+            return self.label_smoothing
+        pruned = any(most is not None for most in (self.zeros, self.luts, self.ebops))
+        return 0.0 if pruned or self.distill else of_task
 
     def hardware(self, io_type: IoType) -> Hardware:
         """What was chosen about hardware; `io_type` is the task's, where none was."""

@@ -2,7 +2,8 @@
 
 `run.json` records for every stage the digest of its inputs and of what it wrote. A stage whose inputs did not change
 and whose outputs are still what it wrote is not repeated. Everything is written beside its place and moved there, so
-that a process killed at any moment leaves either the old state or the new one.
+that a process killed at any moment leaves either the old state or the new one. A long stage keeps its state in a folder
+meanwhile, which stays until the stage is done.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from hmq_fpga.ir.files import check_path
 
 RECORD = "run.json"
 FORMAT = "hmq-fpga run, version 1"
+_CHECKPOINT = ".checkpoint-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +98,7 @@ class RunFolder:
         if self.has(stage):
             return False
         stages = self.record.setdefault("stages", {})
-        digest = self._input_digest(stage)
+        digest = self.input_digest(stage)
         stages[stage.name] = {"state": "running", "inputs": digest}
         self.save()
         new = self.path / f".new-{stage.name}"
@@ -115,6 +117,7 @@ class RunFolder:
         for name in stage.makes + stage.may_make:
             _move(new / name, self.path / name)
         shutil.rmtree(new)
+        shutil.rmtree(self.checkpoints_of(stage), ignore_errors=True)
         stages[stage.name] |= {
             "state": "done",
             "outputs": self._output_digests(stage),
@@ -130,9 +133,14 @@ class RunFolder:
         made = self.record.get("stages", {}).get(stage.name, {"state": "new"})
         if made["state"] != "done":
             return False
-        return (made["inputs"], made["outputs"]) == (self._input_digest(stage), self._output_digests(stage))
+        return (made["inputs"], made["outputs"]) == (self.input_digest(stage), self._output_digests(stage))
 
-    def _input_digest(self, stage: Stage) -> str:
+    def checkpoints_of(self, stage: Stage) -> Path:
+        """A folder for the state of a stage while it works."""
+        return self.path / f"{_CHECKPOINT}{stage.name}"
+
+    def input_digest(self, stage: Stage) -> str:
+        """Of all that decides what a stage makes; those that it needs are done."""
         stages = self.record.get("stages", {})
         needs = {name: stages[name]["outputs"] for name in stage.needs}
         inputs = {"settings": stage.settings, "versions": stage.versions, "needs": needs}

@@ -30,8 +30,8 @@ _METRICS = (
     "luts_actual",
     "qnet_digest",
 )
-_ERRORS = ("float_mse", "qnet_mse")  # of a regression
-RESOURCES = ("lut", "ff", "dsp", "bram", "carry", "latency_cycles", "ii")
+_ERRORS = ("float_mse", "qnet_mse", "float_loss", "qnet_loss")  # of a regression, and of what has no other figure
+RESOURCES = ("lut", "ff", "dsp", "bram", "carry", "latency_cycles", "ii", "fmax_mhz", "latency_ns")
 
 
 def is_sweep(folder: Path) -> bool:
@@ -63,9 +63,9 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     """One row per run, in the order of the grid; the same for the same runs, however they came about.
 
     Columns: `run` (folder, relative), `task`, `method`, `seed`, targets and actual rates, accuracies (fractions of
-    the test split; of a regression the squared errors), `parity_passed`, costs as in `run.json`, `<stage>_lut` …
-    `<stage>_ii` for each stage in `resources.json`, `state` (`done`, `failed` or `open`) and `error` (one line).
-    Unknown is None.
+    the test split; of a regression the squared errors, of several targets the losses), `parity_passed`, costs as in
+    `run.json`, `<stage>_lut` … `<stage>_latency_ns` for each stage in `resources.json`, `state` (`done`, `failed` or
+    `open`) and `error` (one line). Unknown is None.
     """
     sweep = read_sweep(folder)
     found = [_row(folder, run, sweep["errors"].get(run["folder"])) for run in sweep["runs"]]

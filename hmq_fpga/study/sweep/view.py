@@ -107,7 +107,9 @@ def sweep_summary(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Group:
         *([lut.label] if lut else []),
         "parity",
     )
+    choice = pareto.recommended(rows)
+    take = [f"take    {choice.taken.asked}, {escape(choice.taken.method)}"] if choice and len(found) > 1 else []
     failures = [f"[red]failed[/] {escape(r['run'])}: {escape(r['error'])}" for r in rows if r["error"]]
     return Group(
-        table(header, lines), *failures, f"table   {folder / 'table.csv'}", f"report  {folder / 'report.html'}"
+        table(header, lines), *failures, *take, f"table   {folder / 'table.csv'}", f"report  {folder / 'report.html'}"
     )

@@ -1,0 +1,62 @@
+"""What the benchmarks of training share: a task's trained float model, and rows that are measured once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from hmq_fpga.search.metrics import accuracy
+from hmq_fpga.search.train import Budget, Task, fit, predict
+from hmq_fpga.study.dataset import Dataset
+from hmq_fpga.study.tasks import TASKS, training_task
+
+Row = dict[str, Any]
+
+
+class Baseline(NamedTuple):
+    """A task with its trained float model, which is not to be changed."""
+
+    model: nn.Module
+    accuracy: float  # on the test split
+    dataset: Dataset
+    training: Task
+    budget: Budget
+
+
+@lru_cache(maxsize=1)
+def baseline(name: str, seed: int, label_smoothing: float = 0.0) -> Baseline:
+    """Train the float model of a task."""
+    task = TASKS[name]
+    dataset = task.load(None)
+    training = training_task(dataset, task.batch_size, label_smoothing=label_smoothing, input_noise=task.input_noise)
+    torch.manual_seed(seed)
+    model, budget = task.build(), task.budget
+    fit(model, training, steps=budget.float_steps, learning_rate=budget.float_learning_rate, seed=seed)
+    scores = predict(model, torch.from_numpy(dataset.x_test)).scores
+    return Baseline(model, accuracy(scores, torch.from_numpy(dataset.y_test)), dataset, training, budget)
+
+
+def fill(path: Path, wanted: Iterable[Row], measure: Callable[..., Row]) -> list[Row]:
+    """The rows in a JSON file and those of `wanted` keys that are not there, each written as soon as it is measured."""
+    rows: list[Row] = json.loads(path.read_text()) if path.exists() else []
+    for key in _missing(rows, wanted):
+        rows.append(key | measure(**key))
+        keep(path, rows)
+    return rows
+
+
+def keep(path: Path, rows: list[Row]) -> None:
+    """Write rows in one step."""
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(rows, indent=1) + "\n")
+    new.replace(path)
+
+
+def _missing(rows: list[Row], wanted: Iterable[Row]) -> Iterator[Row]:
+    return (key for key in wanted if not any(key.items() <= row.items() for row in rows))

@@ -1,0 +1,1 @@
+"""QONNX: an optional exporter and simulator."""
