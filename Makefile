@@ -11,7 +11,7 @@ CXX_PROGRAM = $(or $(HMQ_FPGA_GXX),g++)
 help:
 	@echo "make demo    train, quantize, convert and verify a small network; ends with a report page"
 	@echo "make test    all checks and all tests"
-	@echo "make test-core   all tests but QKeras's, in an environment with no TensorFlow and the newest numpy"
+	@echo "make test-core   the tests but QKeras's and long training, in an environment with no TensorFlow and the newest numpy"
 	@echo "make bench   figures of time and memory: training steps, a run's stages, size of the network; an hour"
 	@echo "make docs    the documentation, in build/docs, with warnings as errors"
 	@echo "make results all figures of README and docs again, but for rows that are stored; many hours, goes on where it stopped"
@@ -29,7 +29,7 @@ test: compiler simulator browser lint docs
 	HMQ_FPGA_STEPS_SHARE=0.2 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --nbmake notebooks
 
 test-core: compiler simulator browser environment-core
-	HMQ_FPGA_CORE=1 $(CORE)/pytest -n 2 --dist loadfile
+	HMQ_FPGA_CORE=1 $(CORE)/pytest -n 2 --dist loadfile -m "not once"
 
 # Each keeps its rows in benchmarks/*.json, and measures only those that are missing: without a file, all of it.
 bench: compiler environment

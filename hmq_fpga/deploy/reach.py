@@ -26,7 +26,9 @@ from hmq_fpga.deploy.bounds import Relaxation, Step
 from hmq_fpga.ir.fixed import Codes
 
 SPARE = 1 / 64  # of a code, or of what an inequality was multiplied by
-MAX_BINARIES = 600
+WORK = 4e7  # of one search, nodes times the entries of its matrix to the power 1.5: up to some four seconds
+LEAST_NODES = 200  # a search of fewer is not begun
+_WHOLE = 25  # nodes for one where all is whole
 _INFEASIBLE = 2  # status of `milp`
 
 
@@ -43,10 +45,8 @@ class Reach:
     inputs: Codes | None = None
 
 
-def reach(
-    relaxation: Relaxation, tensor: str, element: int, sign: int, level: int, *, nodes: int, whole: bool = False
-) -> Reach:
-    """Whether `sign` times a value can be `level` or more.
+def reach(relaxation: Relaxation, tensor: str, element: int, sign: int, level: int, *, whole: bool = False) -> Reach:
+    """Whether `sign` times a value can be `level` or more; the search is given up after `WORK`.
 
     Args:
         relaxation: of the network.
@@ -54,21 +54,21 @@ def reach(
         element: the value, counted in a row.
         sign: 1 to drive it up, -1 to drive it down.
         level: a code, times `sign`.
-        nodes: of the search, after which it is given up.
         whole: whether inputs and codes in between are whole numbers, too; which takes many more nodes.
     """
     values = relaxation.tensors[tensor]
     row = values.matrix.getrow(element)
     target = {int(v): sign * int(c) for v, c in zip(row.indices, row.data, strict=True)}
     program, columns = _program(relaxation, target)
-    if len(program.whole) > MAX_BINARIES:
-        return Reach(state="open")
     program.add(
         {columns[v]: c for v, c in target.items()}, level - sign * int(values.constant[element]) - 0.5, math.inf
     )
+    nodes = int(WORK / sum(map(len, program.rows)) ** 1.5)
+    if nodes < LEAST_NODES:
+        return Reach(state="open")
     if whole:
         program.whole += columns.values()
-    state, point = program.solved(nodes)
+    state, point = program.solved(nodes // _WHOLE if whole else nodes)
     return Reach(state=state, inputs=None if point is None else _inputs(relaxation, columns, point))
 
 

@@ -1,6 +1,6 @@
 """Inputs made for what a test split does not reach: see `coverage` for what that is.
 
-All of it is deterministic, and bounded by the products and the nodes that it computes, not by a clock.
+All of it is deterministic, and bounded by what it computes, not by a clock.
 """
 
 from __future__ import annotations
@@ -20,14 +20,12 @@ from hmq_fpga.ir.network import QNet
 from hmq_fpga.ir.ops import Input, Op, Quantize, Ranges
 
 RANDOM = 256  # codes over the whole range of the input, and as many values beyond and between them
-WORK = 1e9  # of all searches together, in products: a few seconds
+WORK = 2e9  # of all searches together, in products: a few seconds
 _VALUE = 50  # products for which the time of one value of a tensor stands
 DRAWN = 64  # random inputs, of which a search
 STARTS = 4  # sets out from the best
 ROUNDS = 12  # of one search
 WHOLE_SEARCH = 2000  # evaluations below which none is begun
-UNDECIDED = 2  # events after which branch and bound is given up
-NODES = 1000  # of branch and bound for one value at one level
 Samples = npt.NDArray[np.float32]
 _FLOAT32_BITS = 24
 
@@ -129,9 +127,10 @@ class _Search:
 
     def find_missing(self) -> None:
         """Search for each missing event, the likeliest channels first, until all is found or the work is done."""
+        order = {op.name: number for number, op in enumerate(self.net.ops)}
         for turn in range(max(shape[-1] for shape in self.net.shapes.values())):
             searched = False
-            for tensor, event in sorted(self.tally.wanted):
+            for tensor, event in sorted(self.tally.wanted, key=lambda missing: (order[missing[0]], missing[1])):
                 if (tensor, event) not in self.tally.wanted or self.left <= 0:
                     continue
                 op = self.net[tensor]
@@ -147,16 +146,19 @@ class _Search:
                 return
 
     def decide(self, relaxation: Relaxation) -> None:
-        """Reach or exclude, by branch and bound, what is missing at the ends of sums; what excludes most first."""
-        undecided = 0
+        """Reach or exclude, by branch and bound, what is missing at the ends of sums; what excludes most first.
+
+        It ends with the first that stays open: those of later layers are harder.
+        """
         for op in self.net.ops:
             for sign, events in ((1, ("high", "above")), (-1, ("low", "below"))):
                 wanted = [event for event in events if (op.name, event) in self.tally.wanted]
                 levels = {event: level for event in wanted if (level := first_level(self.net, op, event, sign))}
                 for event in sorted(levels, key=levels.__getitem__):
-                    if undecided < UNDECIDED and (op.name, event) in self.tally.wanted:
+                    if (op.name, event) in self.tally.wanted:
                         self._decide(relaxation, op, event, sign, levels[event])
-                        undecided += (op.name, event) in self.tally.wanted
+                    if (op.name, event) in self.tally.wanted:
+                        return
 
     def _decide(self, relaxation: Relaxation, op: Op, event: str, sign: int, level: int) -> None:
         """Look for an input that drives a value to a level, the likeliest first; without one, narrow what is known."""
@@ -169,9 +171,7 @@ class _Search:
             if most[element] < level:
                 break
             for whole in (False, True):
-                made = reach(
-                    relaxation, source, element, sign, level, nodes=NODES // 25 if whole else NODES, whole=whole
-                )
+                made = reach(relaxation, source, element, sign, level, whole=whole)
                 if made.inputs is not None:
                     self.take_new(np.concatenate([made.inputs[None], self._mixed(made.inputs, made.inputs)]))
                 if (op.name, event) not in self.tally.wanted:

@@ -106,9 +106,9 @@ def test_branch_and_bound_is_right_for_all_inputs():
         for element in range(codes.shape[1]):
             for sign, most, bound in ((1, codes.max(axis=0), hi), (-1, -codes.min(axis=0), -lo)):
                 level = int(most[element])
-                at = reach(relaxation, "fc2", element, sign, level, nodes=1000)
+                at = reach(relaxation, "fc2", element, sign, level)
                 assert at.state == "point" and at.inputs.shape == (3,)
-                above = [reach(relaxation, "fc2", element, sign, level + more, nodes=1000).state for more in (8, 24)]
+                above = [reach(relaxation, "fc2", element, sign, level + more).state for more in (8, 24)]
                 assert "open" not in above
                 excluded += above.count("excluded")
                 points += above.count("point")

@@ -18,6 +18,8 @@ from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.target import Target
 from hmq_fpga.search.train import Budget, Distillation, finetune, fit, ignore
 
+pytestmark = pytest.mark.once
+
 LONG = {"hmq", "zeroq", "msqe", "pot_gradient", "hgq"}  # methods that take many steps
 OPTIONS = {"msqe": {"robust": "gradient"}}
 

@@ -26,6 +26,8 @@ from hmq_fpga.search.target import Target
 from hmq_fpga.search.train import Budget, Task, evaluate, finetune
 from hmq_fpga.study.data import channels_last
 
+pytestmark = pytest.mark.once
+
 SHORT = Budget(search_steps=120)
 
 

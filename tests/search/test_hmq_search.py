@@ -15,6 +15,8 @@ from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.target import Target
 from hmq_fpga.search.train import Budget, batches, evaluate
 
+pytestmark = pytest.mark.once
+
 STEPS, SEED = 300, 3
 TARGET = Target(weight_rate=10, activation_rate=8)
 

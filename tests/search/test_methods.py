@@ -21,6 +21,8 @@ from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.target import Bound, Target, cheapest_bits, meets
 from hmq_fpga.search.train import Budget, Recorder, evaluate, finetune, fit
 
+pytestmark = pytest.mark.once
+
 
 def instrumented(mlp, digits):
     return instrument(mlp, digits.input_shape, input_signed=digits.input_signed)

@@ -18,6 +18,8 @@ from hmq_fpga.search.samples import Weighted
 from hmq_fpga.search.target import Target
 from hmq_fpga.search.train import Best, Task, batches, evaluate, fit, rank
 
+pytestmark = pytest.mark.once
+
 RNG = np.random.default_rng(0)
 
 

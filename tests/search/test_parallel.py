@@ -12,6 +12,8 @@ from hmq_fpga.search import parallel
 from hmq_fpga.search.methods import METHODS
 from tests.search.parallel_job import job
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):

@@ -18,6 +18,8 @@ from hmq_fpga.search.target import Target
 from hmq_fpga.search.train import Budget, evaluate, finetune
 from hmq_fpga.study.budgets import pruning
 
+pytestmark = pytest.mark.once
+
 
 def test_zeros_that_were_asked_for_at_the_same_rate(mlp, digits):
     model = instrument(mlp, digits.input_shape, input_signed=False)

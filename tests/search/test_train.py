@@ -29,6 +29,8 @@ from hmq_fpga.search.train import (
     predict,
 )
 
+pytestmark = pytest.mark.once
+
 
 class Ends(nn.Module):
     """Two layers, and a function at the end."""

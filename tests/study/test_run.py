@@ -135,6 +135,7 @@ def run_again(folder, data, own, tmp_path, *options):
     return again, json.loads(done.stdout)
 
 
+@pytest.mark.once
 def test_a_bound_on_bit_operations_is_kept_and_shown(undisturbed, digits_file, own_model, tmp_path):
     folder, record = undisturbed
     most = record["metrics"]["bops"] * 0.9
@@ -144,6 +145,7 @@ def test_a_bound_on_bit_operations_is_kept_and_shown(undisturbed, digits_file, o
     assert f"R_w 10, {most:,.0f} bit operations" in (again / "report.html").read_text()
 
 
+@pytest.mark.once
 def test_a_bound_on_logic_is_kept_by_the_tracers_figure(undisturbed, digits_file, own_model, tmp_path):
     folder, _ = undisturbed
     before = json.loads((folder / "resources.json").read_text())[1]["lut"]
@@ -156,6 +158,7 @@ def test_a_bound_on_logic_is_kept_by_the_tracers_figure(undisturbed, digits_file
     assert f"at most {most} asked" in (again / "report.html").read_text()
 
 
+@pytest.mark.once
 def test_other_settings_of_the_verilog_repeat_only_what_they_touch(undisturbed, digits_file, own_model, tmp_path):
     folder, record = undisturbed
     again, other = run_again(folder, digits_file, own_model, tmp_path, "--latency-cutoff", "0")
@@ -170,6 +173,7 @@ def test_other_settings_of_the_verilog_repeat_only_what_they_touch(undisturbed, 
     assert cycles[1] == 0
 
 
+@pytest.mark.once
 def test_widths_of_single_weights(undisturbed, digits_file, own_model, tmp_path):
     """Exact in all back ends, kept and counted by the run, and searched again where their file has changed."""
     folder, _ = undisturbed
@@ -198,6 +202,7 @@ def test_widths_of_single_weights(undisturbed, digits_file, own_model, tmp_path)
     assert files[again / "scheme.json"] == (again / "scheme.json").read_bytes()
 
 
+@pytest.mark.once
 def test_parity_on_some_samples(undisturbed, digits_file, own_model, tmp_path):
     """The back ends see the first ones only, accuracy is still that of the whole test split."""
     folder, record = undisturbed
@@ -210,6 +215,7 @@ def test_parity_on_some_samples(undisturbed, digits_file, own_model, tmp_path):
         assert other["metrics"][name] == record["metrics"][name]
 
 
+@pytest.mark.once
 def test_killed_in_every_stage_gives_the_same_network(undisturbed, digits_file, own_model, tmp_path):
     folder, killed = tmp_path / "killed", set()
     started = command(folder, digits_file, own_model, settings="checkpoint_s: 0\n")
@@ -232,6 +238,7 @@ def test_killed_in_every_stage_gives_the_same_network(undisturbed, digits_file, 
     assert not list(folder.glob(".new-*")) + list(folder.glob(".checkpoint-*"))
 
 
+@pytest.mark.once
 def test_two_processes_make_one_run(undisturbed, digits_file, own_model, tmp_path):
     """Started by torchrun: both train, the first writes and speaks."""
     python, *arguments = command(tmp_path / "run", digits_file, own_model, "--json", settings="estimate: none\n")
@@ -359,6 +366,7 @@ def test_an_outlier_in_the_training_data_stands_in_the_notes(own_model, digits_f
     assert metrics["qnet_accuracy"] > metrics["float_accuracy"] - 0.02
 
 
+@pytest.mark.once
 def test_the_model_is_read_once_where_its_parameters_stay(own_model, digits_file, tmp_path, monkeypatch):
     """Twice with float training in between; and what is searched is the trained model, however a run came to it."""
     read = []
@@ -399,6 +407,7 @@ def small(own, data, out, **changes):
     return make_config({"task": f"{own}:small", "data": data, "out": out, "estimate": "none", **steps, **changes})
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("stopped", ["float", "search", "finetune"])
 def test_a_stage_goes_on_from_its_checkpoint(stopped, own_model, digits_file, tmp_path):
     """Where it was, not from its start; and not where a setting has changed."""
@@ -453,6 +462,7 @@ class Quiet:
         pass
 
 
+@pytest.mark.once
 def test_an_image_autoencoder_is_a_regression(own_model, digits_file, tmp_path):
     with np.load(digits_file) as archive:
         images = {split: archive[f"x_{split}"].reshape(-1, 8, 8)[:150] for split in ("train", "test")}
@@ -490,6 +500,7 @@ def test_an_image_autoencoder_is_a_regression(own_model, digits_file, tmp_path):
     assert told["outputs"] == [{"name": net.outputs[0], "shape": [8, 8, 1], "apply": "Sigmoid"}]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["logistic", "logit"])
 def test_one_output_tells_two_classes(name, own_model, digits_file, tmp_path):
     with np.load(digits_file) as archive:
@@ -517,6 +528,7 @@ def spoiled_labels(path, arrays):
     return path
 
 
+@pytest.mark.once
 def test_a_final_function_can_be_kept_in_hardware(own_model, digits_file, tmp_path):
     with np.load(digits_file) as archive:
         images = {split: archive[f"x_{split}"].reshape(-1, 8, 8)[:100] for split in ("train", "test")}
@@ -533,6 +545,7 @@ def test_a_final_function_can_be_kept_in_hardware(own_model, digits_file, tmp_pa
         run(make_config({"task": "digits_mlp", "keep_final": True, "out": tmp_path / "classes"}), Quiet())
 
 
+@pytest.mark.once
 def test_several_outputs_are_a_regression_of_all_in_a_row(own_model, digits_file, tmp_path):
     with np.load(digits_file) as archive:
         splits = {split: archive[f"x_{split}"].reshape(-1, 64)[:150] for split in ("train", "test")}
@@ -621,6 +634,7 @@ def test_a_dictionary_of_outputs_of_two_inputs(own_model, digits_file, tmp_path)
     assert [(output["shape"], output["apply"]) for output in told] == [([1], "sigmoid"), ([2], None)]
 
 
+@pytest.mark.once
 def test_lazy_and_wrapped_models_are_trained_as_they_are(own_model, digits_file, tmp_path):
     """Their parameters have the names that they have without a wrapper."""
     images = spoiled_images(tmp_path / "images.npz", digits_file)
@@ -640,6 +654,7 @@ def spoiled_images(path, file):
     return path
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("targets", ["classes", "numbers"])
 def test_one_number_for_each_sample(targets, own_model, digits_file, tmp_path):
     """Behind a sigmoid and a squeeze, in DataParallel."""
@@ -660,6 +675,7 @@ def test_one_number_for_each_sample(targets, own_model, digits_file, tmp_path):
     assert all(name.startswith("body.") for name in torch.load(tmp_path / "run" / "float.pt"))
 
 
+@pytest.mark.once
 def test_a_model_that_returns_the_class(own_model, digits_file, tmp_path):
     """It is trained by the values before its softmax and argmax."""
     steps = {"float_steps": 300, "search_steps": 150, "finetune_steps": 100, "estimate": "none"}
@@ -669,6 +685,7 @@ def test_a_model_that_returns_the_class(own_model, digits_file, tmp_path):
     assert "apply argmax" in metrics["outputs"]
 
 
+@pytest.mark.once
 def test_normalized_inputs_reach_everything(own_model, digits_file, tmp_path):
     """Features from 1e-6 to 1e6: refused as they are, learned when normalized, the same in every stage and later."""
     with np.load(digits_file) as archive:
@@ -706,6 +723,7 @@ def test_normalized_inputs_reach_everything(own_model, digits_file, tmp_path):
     assert json.loads((other.folder / "normalization.json").read_text()) == stored
 
 
+@pytest.mark.once
 def test_samples_of_two_dimensions_are_sequences_to_a_model_over_them(own_model, digits_file, tmp_path):
     with np.load(digits_file) as archive:
         arrays = {name: archive[name] for name in archive.files}

@@ -91,6 +91,7 @@ def test_table_has_every_run_and_every_error(undisturbed):
     assert not any("seconds" in column for column in rows[0])
 
 
+@pytest.mark.once
 def test_run_of_a_sweep_is_an_ordinary_run(undisturbed, digits_file, own_model, tmp_path):
     """Its baseline was trained once, for all; on its own a run finds nothing to repeat, and anew it is the same."""
     folder, rows = undisturbed
@@ -109,6 +110,7 @@ def test_run_of_a_sweep_is_an_ordinary_run(undisturbed, digits_file, own_model, 
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+@pytest.mark.once
 def test_killed_sweep_gives_the_same_table(undisturbed, digits_file, own_model, tmp_path):
     """SIGKILL of the command alone: its processes end with it, and what was finished is not repeated."""
     folder = tmp_path / "killed"
@@ -147,6 +149,7 @@ def test_a_request_that_a_callback_loses_is_not_told_about(monkeypatch, capsys):
     assert "ValueError" in told(ValueError)
 
 
+@pytest.mark.once
 def test_interrupted_sweep_says_so_and_leaves_no_process(digits_file, own_model, tmp_path):
     folder = tmp_path / "interrupted"
     process = subprocess.Popen(
@@ -160,6 +163,7 @@ def test_interrupted_sweep_says_so_and_leaves_no_process(digits_file, own_model,
     assert {row["state"] for row in table.rows(folder)} <= {"open", "failed"}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("verb", "function"), [("run", "deaf"), ("sweep", "deaf"), ("sweep", "deaf_worker")])
 def test_lost_interruption_ends_the_work_nevertheless(verb, function, digits_file, own_model, tmp_path):
     """The exception of the signal is swallowed, here under a bare `except:` of the user's."""
@@ -193,6 +197,7 @@ def started(module, *arguments):
         process.wait()
 
 
+@pytest.mark.once
 def test_cluster_that_loses_a_worker_gives_the_same_table(undisturbed, digits_file, own_model, tmp_path):
     """A scheduler and two workers on loopback; one is killed while it is at a run."""
     folder, where = tmp_path / "cluster", tmp_path / "scheduler.json"
