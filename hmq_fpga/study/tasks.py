@@ -252,6 +252,12 @@ TASKS = {
         load=lambda path: data.halved(data.load("mnist", path)),
         budget=Budget(float_steps=15_000, search_steps=4000, finetune_steps=20_000),
     ),
+    "mnist14_wide": Task(
+        summary="196-128-10 on MNIST averaged to 14x14, for twice as many LUTs",
+        build=lambda: _mlp(196, 128, 10),
+        load=lambda path: data.halved(data.load("mnist", path)),
+        budget=Budget(float_steps=15_000, search_steps=4000, finetune_steps=60_000),
+    ),
     "mnist_cnn": Task(
         summary="three convolutions with BatchNorm on MNIST",
         build=lambda: _image_cnn(16, 16, 32),

@@ -14,6 +14,7 @@ SHAPES = {
     "pendigits_mlp": (16,),
     "pendigits_shallow": (16,),
     "mnist14_mlp": (196,),
+    "mnist14_wide": (196,),
     "letter_mlp": (16,),
     "magic_mlp": (10,),
     "jets_mlp": (16,),
