@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hmq_fpga.deploy.bounds import Relaxation
 from hmq_fpga.deploy.coverage import EVENTS, Tally, quantizer_events
 from hmq_fpga.deploy.parity import check
-from hmq_fpga.deploy.reach import reach
+from hmq_fpga.deploy.reach import Reach, reach
 from hmq_fpga.deploy.samples import made_samples
 from hmq_fpga.ir import reference
 from hmq_fpga.ir.fixed import Fixed
@@ -114,6 +114,29 @@ def test_branch_and_bound_is_right_for_all_inputs():
                 points += above.count("point")
                 by_bounds += sum(int(bound[element] < level + more) for more in (8, 24))
     assert excluded > by_bounds + 10 and points < excluded
+
+
+def test_branch_and_bound_is_not_begun_where_it_could_not_end(monkeypatch):
+    relaxation, begun = Relaxation(small(0)), []
+    _, high = relaxation.bounds("fc2")
+    monkeypatch.setattr("hmq_fpga.deploy.reach.milp", lambda *_, options, **__: begun.append(options["node_limit"]))
+    monkeypatch.setattr("hmq_fpga.deploy.reach.WORK", 1e4)
+    assert reach(relaxation, "fc2", 0, 1, int(high[0])).state == "open"
+    assert begun == []
+
+
+def test_the_first_event_that_stays_open_ends_branch_and_bound(monkeypatch):
+    searches = []
+    monkeypatch.setattr("hmq_fpga.deploy.samples._Search.find_missing", lambda *_: None)
+    monkeypatch.setattr(
+        "hmq_fpga.deploy.samples.reach", lambda *given, **_: searches.append(given) or Reach(state="open")
+    )
+    counts = []
+    for seed in range(30):
+        searches.clear()
+        covered(small(seed), np.zeros((1, 3)))
+        counts.append(len(searches))
+    assert max(counts) == 1
 
 
 def test_what_bounds_leave_open_is_reached_or_excluded(monkeypatch):
