@@ -82,8 +82,8 @@ def page(rows: list[Row]) -> str:
     """Mean and standard deviation over seeds."""
     rows = [row for row in rows if "refused" not in row]
     lines = [
-        "Test split, mean and standard deviation over seeds; seconds of search are processor time of one thread, LUTs",
-        "the tracer's; two cores of x86-64. The tables say how many seeds there are so far. Made by",
+        "Test split, mean and standard deviation over five seeds; seconds of search are processor time of one thread,",
+        "LUTs the tracer's; two cores of x86-64. Made by",
         "`python benchmarks/methods.py pendigits_mlp letter_mlp --rates 6 8 10 12 14 --seeds 5`.",
     ]
     for task in dict.fromkeys(row["task"] for row in rows):
