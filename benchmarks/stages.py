@@ -184,7 +184,7 @@ def page(rows: list[Row]) -> str:
         f"`{RUN}` in a fresh folder, imports included, one thread: processor seconds, g++'s included, of the",
         f"quickest of {len(turns[RUN])} runs, since other work on the machine only adds. Parts are exclusive: an",
         "import within a stage counts as import alone. Made by `python benchmarks/stages.py`; seed 0; two cores of",
-        "x86-64, Python 3.11, busy with other work.",
+        "x86-64, Python 3.11.",
         "",
         "| stage | processor, s | of it |",
         "|---|---|---|",
