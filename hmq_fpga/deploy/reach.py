@@ -1,169 +1,115 @@
-"""Whether an input drives a value of a network to a level: by branch and bound over what its quantizers do.
+"""Whether an input drives a value of a network to a level: a program for `branch` of what its quantizers do.
 
-To the variables of a `Relaxation` come the sums that are quantized, and for each end at which a quantizer can saturate
-a binary variable that says whether it does (as in Tjeng et al., arXiv:1711.07356). HiGHS, as `scipy.optimize.milp`,
-then finds a point or none.
-
-It computes in floating point. So each inequality is relaxed by `SPARE`, and the level by half a code: what an input
-really does satisfies all of them, in integers, with that to spare, which is ten thousand times the tolerance to which
-HiGHS keeps inequalities. A point need not be an input that does it, since inputs and codes in between are any real
-number there: that is for the caller to see.
+To the variables of a `Relaxation` come binary ones that say whether a quantizer saturates at an end (as in Tjeng et
+al., arXiv:1711.07356), only where it matters: of what is to be large an upper bound is enough, and so of what it reads,
+by the signs of the weights. In all, what no input does is excluded, but a point need not be an input that does it,
+since inputs and codes in between may be any real number: that is for the caller to see.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_matrix
 
 from hmq_fpga.deploy.bounds import Relaxation, Step
+from hmq_fpga.deploy.branch import Program, Search
 from hmq_fpga.ir.fixed import Codes
 
-SPARE = 1 / 64  # of a code, or of what an inequality was multiplied by
-WORK = 4e7  # of one search, nodes times the entries of its matrix to the power 1.5: up to some four seconds
-LEAST_NODES = 200  # a search of fewer is not begun
-_WHOLE = 25  # nodes for one where all is whole
-_INFEASIBLE = 2  # status of `milp`
+Sides = Mapping[int, set[int]]  # by variable, whether it is to be bounded from above (1) or from below (-1)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Reach:
-    """What came of a search.
+    """A search for inputs with which `sign` times a value is `level` or more.
 
     Attributes:
-        state: whether no input reaches the level, a point of the relaxed network does, or the search was given up.
-        inputs: codes of all inputs in a row at that point, rounded.
+        search: over the points of the relaxed network.
     """
 
-    state: Literal["excluded", "point", "open"]
-    inputs: Codes | None = None
+    def __init__(self, relaxation: Relaxation, tensor: str, element: int, sign: int, level: int) -> None:
+        """Set out.
+
+        Args:
+            relaxation: of the network.
+            tensor: whose `bounds` were computed.
+            element: the value, counted in a row.
+            sign: 1 to drive it up, -1 to drive it down.
+            level: a code, times `sign`.
+        """
+        values = relaxation.tensors[tensor]
+        row = values.matrix.getrow(element)
+        target = {int(v): sign * int(c) for v, c in zip(row.indices, row.data, strict=True)}
+        program, self._columns = _program(relaxation, target)
+        self._relaxation = relaxation
+        objective = {self._columns[v]: c for v, c in target.items()}
+        self.search = Search(program, objective, level - sign * int(values.constant[element]))
+
+    @property
+    def inputs(self) -> Codes:
+        """The codes of all inputs in a row, rounded, at the points of the search: `(n, values)`.
+
+        Those that do not matter are zero, or what is nearest to it.
+        """
+        points, parts = self.search.points, []
+        for op in self._relaxation.net.inputs:
+            codes = np.full((len(points), math.prod(op.shape)), np.clip(0, op.format.lo, op.format.hi), np.int64)
+            if op.name in self._relaxation.tensors:
+                for i, variable in enumerate(self._relaxation.tensors[op.name].matrix.indices.tolist()):
+                    if variable in self._columns:
+                        codes[:, i] = np.rint(points[:, self._columns[variable]])
+            parts.append(codes)
+        return np.concatenate(parts, axis=1)
 
 
-def reach(relaxation: Relaxation, tensor: str, element: int, sign: int, level: int, *, whole: bool = False) -> Reach:
-    """Whether `sign` times a value can be `level` or more; the search is given up after `WORK`.
-
-    Args:
-        relaxation: of the network.
-        tensor: whose `bounds` were computed.
-        element: the value, counted in a row.
-        sign: 1 to drive it up, -1 to drive it down.
-        level: a code, times `sign`.
-        whole: whether inputs and codes in between are whole numbers, too; which takes many more nodes.
-    """
-    values = relaxation.tensors[tensor]
-    row = values.matrix.getrow(element)
-    target = {int(v): sign * int(c) for v, c in zip(row.indices, row.data, strict=True)}
-    program, columns = _program(relaxation, target)
-    program.add(
-        {columns[v]: c for v, c in target.items()}, level - sign * int(values.constant[element]) - 0.5, math.inf
-    )
-    nodes = int(WORK / sum(map(len, program.rows)) ** 1.5)
-    if nodes < LEAST_NODES:
-        return Reach(state="open")
-    if whole:
-        program.whole += columns.values()
-    state, point = program.solved(nodes // _WHOLE if whole else nodes)
-    return Reach(state=state, inputs=None if point is None else _inputs(relaxation, columns, point))
-
-
-@dataclass
-class _Program:
-    """Linear constraints; some of the variables are whole."""
-
-    lo: list[int] = field(default_factory=list)
-    hi: list[int] = field(default_factory=list)
-    whole: list[int] = field(default_factory=list)
-    rows: list[Mapping[int, int]] = field(default_factory=list)
-    limits: list[tuple[float, float]] = field(default_factory=list)
-
-    def variable(self, lo: int, hi: int) -> int:
-        self.lo.append(lo)
-        self.hi.append(hi)
-        return len(self.lo) - 1
-
-    def add(self, terms: Mapping[int, int], lo: float, hi: float) -> None:
-        self.rows.append(terms)
-        self.limits.append((lo - SPARE, hi + SPARE))
-
-    def solved(self, nodes: int) -> tuple[Literal["excluded", "point", "open"], npt.NDArray[np.float64] | None]:
-        """A point; None where there is none, or none was found."""
-        lengths = np.cumsum([0, *map(len, self.rows)])
-        indices = np.concatenate([np.fromiter(row, np.int64, len(row)) for row in self.rows])
-        data = np.array([float(c) for row in self.rows for c in row.values()])
-        matrix = csr_matrix((data, indices, lengths), shape=(len(self.rows), len(self.lo)))
-        solved = milp(
-            np.zeros(len(self.lo)),
-            constraints=LinearConstraint(matrix, *np.array(self.limits).T),
-            bounds=Bounds(self.lo, self.hi),
-            integrality=np.isin(np.arange(len(self.lo)), self.whole).astype(int),
-            options={"node_limit": nodes},
-        )
-        if solved.status == _INFEASIBLE:
-            return "excluded", None
-        return ("open", None) if solved.x is None else ("point", solved.x)
-
-    def quantizer(self, step: Step, columns: Mapping[int, int]) -> None:
-        """Of a sum and its code: within half a code of each other, but for saturation."""
-        total = self.variable(step.low - step.constant, step.high - step.constant)
-        self.add({**{columns[v]: c for v, c in step.terms.items()}, total: -1}, 0, 0)
-        unit, codes, q = step.step.denominator, step.step.numerator, columns[step.q]
-        span = step.q_high - step.q_low
-        for sign, end, low in ((1, step.q_low, step.low), (-1, step.q_high, -step.high)):
-            # `rise`, codes from this end, is at most `above`, the sum's way from half a code before it; both doubled
-            rise, above = {q: 2 * sign * codes}, {total: 2 * sign * unit}
-            offset = -2 * sign * codes * end
-            constant = 2 * sign * unit * step.constant + offset + codes
-            least = 2 * unit * low + offset + codes
-            limit = {**rise, **{v: -c for v, c in above.items()}}
-            if least < 0:
-                binary = self.variable(0, 1)
-                self.whole.append(binary)
-                limit[binary] = least
-                self.add({**rise, binary: 2 * codes * span}, -math.inf, 2 * codes * span - offset)
-            self.add(limit, -math.inf, constant - offset)
-
-
-def _program(relaxation: Relaxation, target: Mapping[int, int]) -> tuple[_Program, dict[int, int]]:
-    """The part of a relaxation that a value depends on, and its variables' columns there."""
-    program, kept = _Program(), sorted(_cone(relaxation, target))
-    columns = {v: program.variable(relaxation.lo[v], relaxation.hi[v]) for v in kept}
-    steps = {step.q: step for step in relaxation.steps if step.q in columns}
-    for step in steps.values():
-        program.quantizer(step, columns)
-    for terms, most in zip(relaxation.rows, relaxation.limits, strict=True):
-        if (last := max(terms)) in columns and last not in steps:
-            program.add({columns[v]: c for v, c in terms.items()}, -math.inf, most)
+def _program(relaxation: Relaxation, target: Mapping[int, int]) -> tuple[Program, dict[int, int]]:
+    """The part of a relaxation that bounds a value from above, and its variables' columns there."""
+    steps = {step.q: step for step in relaxation.steps}
+    rows = defaultdict(list)
+    for terms, limit in zip(relaxation.rows, relaxation.limits, strict=True):
+        if (last := max(terms)) not in steps:
+            rows[last].append((terms, limit))
+    sides: dict[int, set[int]] = defaultdict(set)
+    _mark(sides, target, 1)
+    program, found = Program(), []
+    for variable in range(len(relaxation.lo) - 1, -1, -1):
+        for side in sorted(sides.get(variable, ())):
+            if variable in steps:
+                _mark(sides, steps[variable].terms, side)
+            for terms, limit in rows[variable]:
+                if terms[variable] * side > 0:
+                    _mark(sides, {v: -c for v, c in terms.items() if v != variable}, 1)
+                    found.append((terms, limit))
+    columns = {v: program.variable(relaxation.lo[v], relaxation.hi[v]) for v in sorted(sides)}
+    inputs = {int(v) for op in relaxation.net.inputs for v in relaxation.tensors[op.name].matrix.indices}
+    if all(variable in inputs or variable in steps or rows[variable] for variable in sides):
+        program.decisive = [columns[v] for v in sides if v in inputs]
+    for variable, wanted in sorted(sides.items()):
+        for side in sorted(wanted) if variable in steps else ():
+            _saturating(program, steps[variable], columns, side)
+    for terms, limit in found:
+        program.add({columns[v]: c for v, c in terms.items()}, limit)
     return program, columns
 
 
-def _cone(relaxation: Relaxation, target: Mapping[int, int]) -> set[int]:
-    """The variables that a value depends on: a row bounds its last variable by the others."""
-    by_last: dict[int, list[int]] = {}
-    for number, row in enumerate(relaxation.rows):
-        by_last.setdefault(max(row), []).append(number)
-    kept, left = set(target), sorted(target)
-    while left:
-        for number in by_last.get(left.pop(), ()):
-            new = relaxation.rows[number].keys() - kept
-            kept |= new
-            left += new
-    return kept
+def _mark(sides: dict[int, set[int]], terms: Mapping[int, int], side: int) -> None:
+    """Bounding a sum from one side takes bounds of its terms, by their signs."""
+    for variable, c in terms.items():
+        sides[variable].add(side if c > 0 else -side)
 
 
-def _inputs(relaxation: Relaxation, columns: Mapping[int, int], point: npt.NDArray[np.float64]) -> Codes:
-    """Codes of all inputs in a row; those that do not matter are zero, or what is nearest to it."""
-    parts = []
-    for op in relaxation.net.inputs:
-        codes = np.clip(np.zeros(math.prod(op.shape), np.int64), op.format.lo, op.format.hi)
-        if op.name in relaxation.tensors:
-            for i, variable in enumerate(relaxation.tensors[op.name].matrix.indices.tolist()):
-                if variable in columns:
-                    codes[i] = round(point[columns[variable]])
-        parts.append(codes)
-    return np.concatenate(parts)
+def _saturating(program: Program, step: Step, columns: Mapping[int, int], side: int) -> None:
+    """A quantizer's code is at most half a code beyond its sum, but for saturation at the end that this passes."""
+    unit, codes, q = step.step.denominator, step.step.numerator, columns[step.q]
+    end, low = (step.q_low, step.low) if side > 0 else (step.q_high, -step.high)
+    # `rise`, codes from this end, is at most the sum's way from half a code before it; both doubled
+    rise = {q: 2 * side * codes}
+    offset = -2 * side * codes * end
+    limit = {**rise, **{columns[v]: -2 * side * unit * c for v, c in step.terms.items()}}
+    least = 2 * unit * low + offset + codes
+    if least < 0:
+        limit[program.binary()] = least
+        span = step.q_high - step.q_low
+        program.add({**rise, program.binaries[-1]: 2 * codes * span}, 2 * codes * span - offset)
+    program.add(limit, 2 * side * unit * step.constant + offset + codes)

@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from hmq_fpga.deploy.bounds import Relaxation
-from hmq_fpga.deploy.coverage import Tally, first_level
-from hmq_fpga.deploy.reach import reach
+from hmq_fpga.deploy.coverage import Tally
+from hmq_fpga.deploy.decide import decide_ends
 from hmq_fpga.ir import reference
 from hmq_fpga.ir.fixed import Codes
 from hmq_fpga.ir.network import QNet
-from hmq_fpga.ir.ops import Input, Op, Quantize, Ranges
+from hmq_fpga.ir.ops import Input, Quantize
 
 RANDOM = 256  # codes over the whole range of the input, and as many values beyond and between them
 WORK = 2e9  # of all searches together, in products: a few seconds
@@ -54,7 +54,7 @@ def made_samples(net: QNet, tally: Tally, *, decide: bool = True) -> Samples:
         _narrow(relaxation, tally)
         search.find_missing()
         if decide:
-            search.decide(relaxation)
+            decide_ends(relaxation, tally, search.try_near)
     return np.concatenate(search.kept)
 
 
@@ -116,6 +116,10 @@ class _Search:
         x = self.decode(codes)
         self.kept.append(x[self.tally.add(x, "made")])
 
+    def try_near(self, codes: Codes) -> None:
+        """Keep what reaches something new, and likewise of the first with some values at random."""
+        self.take_new(np.concatenate([codes, self._mixed(codes[0], codes[0])]))
+
     def drive_sums(self) -> None:
         """To the largest and the smallest sum of each linear op, as far as a few rounds come."""
         for op in self.net.linears:
@@ -144,47 +148,6 @@ class _Search:
                         break
             if not searched:
                 return
-
-    def decide(self, relaxation: Relaxation) -> None:
-        """Reach or exclude, by branch and bound, what is missing at the ends of sums; what excludes most first.
-
-        It ends with the first that stays open: those of later layers are harder.
-        """
-        for op in self.net.ops:
-            for sign, events in ((1, ("high", "above")), (-1, ("low", "below"))):
-                wanted = [event for event in events if (op.name, event) in self.tally.wanted]
-                levels = {event: level for event in wanted if (level := first_level(self.net, op, event, sign))}
-                for event in sorted(levels, key=levels.__getitem__):
-                    if (op.name, event) in self.tally.wanted:
-                        self._decide(relaxation, op, event, sign, levels[event])
-                    if (op.name, event) in self.tally.wanted:
-                        return
-
-    def _decide(self, relaxation: Relaxation, op: Op, event: str, sign: int, level: int) -> None:
-        """Look for an input that drives a value to a level, the likeliest first; without one, narrow what is known."""
-        source = op.source if isinstance(op, Quantize) else op.name
-        if (found := relaxation.bounds(source)) is None:
-            return
-        most = found[1] if sign > 0 else -found[0]
-        channels = self.net.shapes[source][-1]
-        for element in np.argsort(-most, kind="stable").tolist():
-            if most[element] < level:
-                break
-            for whole in (False, True):
-                made = reach(relaxation, source, element, sign, level, whole=whole)
-                if made.inputs is not None:
-                    self.take_new(np.concatenate([made.inputs[None], self._mixed(made.inputs, made.inputs)]))
-                if (op.name, event) not in self.tally.wanted:
-                    return
-                if made.state != "point":
-                    break
-            if made.state != "excluded":
-                return
-            most[element] = level - 1
-        ends = np.array([most[channel::channels].max() for channel in range(channels)])
-        ranges = self.net.ranges[source]
-        lo, hi = (ranges.lo, ends) if sign > 0 else (-ends, ranges.hi)
-        self.tally.narrow(source, Ranges(lo, hi))
 
     def _aim(self, source: str, event: str, turn: int) -> tuple[int, int]:
         """The channel to drive, and up or down."""
