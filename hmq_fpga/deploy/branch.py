@@ -24,7 +24,7 @@ BATCH = 256  # nodes at a time, fewer of large programs:
 VALUES = 200_000  # of them together
 FIRST, STEPS = 100, 20  # of the gradient method, at the first node and at each other
 POINTS = 32  # of a batch, that are not decided
-_CHECK = 10  # steps from one bound to the next
+_CHECK = 5  # steps from one bound to the next; what that refutes takes no more
 _EXACT_BITS = 52
 _SPARSE_COST = 8  # products of dense matrices for one of sparse ones
 _VALUE_COST, _STEP_COST = 100, 10_000  # products for which the rest of a step stands
@@ -102,7 +102,7 @@ class Search:
         nodes: that were bounded.
         refuted: nodes that cannot reach the level.
         work: products that this took, 2e10 a second or so.
-        node_work: that one node takes.
+        node_work: that one node takes at most.
         key: the same for the same question.
     """
 
@@ -183,28 +183,30 @@ class Search:
     def _bounded(self, nodes: _Nodes, steps: int) -> _Nodes:
         """Those nodes that can reach the level by their bounds, the largest first."""
         self.nodes += len(nodes)
-        self.work += steps * len(nodes) * self._cost
+        most = np.full(len(nodes), np.inf)
+        for _ in range(steps // _CHECK):
+            self.work += _CHECK * len(nodes) * self._cost
+            point, multipliers = self._stepped(nodes)
+            nodes = _Nodes(nodes.lo, nodes.hi, point, multipliers)
+            most = np.minimum(most, self._most(nodes))
+            kept = np.flatnonzero(most >= self._level)
+            self.refuted += len(nodes) - len(kept)
+            nodes, most = nodes.take(kept), most[kept]
+        return nodes.take(np.argsort(-most, kind="stable"))
+
+    def _stepped(self, nodes: _Nodes) -> tuple[_Array, _Array]:
+        """Points and multipliers after some steps of the gradient method."""
         lo, hi = (((side - self._lo) / self._span).astype(np.float32) for side in (nodes.lo, nodes.hi))
         x, multipliers = np.clip(nodes.point, lo, hi), nodes.multipliers
-        best, least = multipliers, np.full(len(x), np.inf, np.float32)
-        for step in range(1, steps + 1):
+        for _ in range(_CHECK):
             ahead = np.clip(x + self._primal_step * (self._c - multipliers @ self._a), lo, hi)
-            pushed = multipliers + self._dual_step * ((2 * ahead - x) @ self._at - self._b)
-            x, multipliers = ahead, np.maximum(pushed, 0)
-            if step % _CHECK == 0:
-                rest = self._c - multipliers @ self._a
-                bounds = multipliers @ self._b + np.where(rest > 0, rest * hi, rest * lo).sum(axis=1)
-                best = np.where((bounds < least)[:, None], multipliers, best)
-                least = np.minimum(bounds, least)
-        most = self._most(nodes, best)
-        kept = np.flatnonzero(most >= self._level)
-        self.refuted += len(nodes) - len(kept)
-        kept = kept[np.argsort(-most[kept], kind="stable")]
-        return _Nodes(nodes.lo[kept], nodes.hi[kept], x[kept], best[kept])
+            multipliers = multipliers + self._dual_step * ((2 * ahead - x) @ self._at - self._b)
+            x, multipliers = ahead, np.maximum(multipliers, 0)
+        return x, multipliers
 
-    def _most(self, nodes: _Nodes, multipliers: _Array) -> _Whole:
-        """What the objective is at most by these multipliers: computed in whole numbers, all below 2^53."""
-        exact = multipliers * (self._cost_scale / self._row_scale)
+    def _most(self, nodes: _Nodes) -> _Whole:
+        """What the objective is at most by the nodes' multipliers: computed in whole numbers, all below 2^53."""
+        exact = nodes.multipliers * (self._cost_scale / self._row_scale)
         ends = np.maximum(np.abs(self._lo), np.abs(self._hi))
         rows = np.abs(self._limits) + self._weights @ ends
         largest = float((np.abs(self._objective) @ ends + exact @ rows).max(initial=1))

@@ -13,7 +13,7 @@ from hmq_fpga.deploy.reach import Reach
 from hmq_fpga.ir.fixed import Codes
 from hmq_fpga.ir.ops import Op, Quantize, Ranges
 
-WORK = 2e11  # of all searches of a network, in products: a few seconds
+WORK = 1.5e11  # of all searches of a network, in products: a few seconds
 HOPELESS = 2000  # nodes, of which none is refuted
 ROUNDS = (200, 2000, 20_000)  # nodes of a search, from easy events to hard ones
 

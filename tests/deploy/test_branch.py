@@ -70,7 +70,8 @@ def test_bounds_hold_whatever_the_multipliers(scale):
         search.run(1)
         nodes = search._open.take(np.zeros(20, np.int64))
         nodes.lo[:], nodes.hi[:] = program.lo, program.hi
-        bounds = search._most(nodes, rng.exponential(0.3, (20, len(program.rows))).astype(np.float32))
+        nodes.multipliers[:] = rng.exponential(0.3, (20, len(program.rows)))
+        bounds = search._most(nodes)
         assert (bounds >= most).all()
         if scale > 2**36:
             assert np.isinf(bounds).any() or (bounds < 2**53).all()
