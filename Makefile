@@ -48,6 +48,7 @@ results: bench
 	$(BIN)/python benchmarks/frontier.py mnist14_mlp --luts 6000 --seeds 5 --no-yosys
 	$(BIN)/python benchmarks/methods.py pendigits_mlp letter_mlp --rates 6 8 10 12 14 --seeds 5
 	$(BIN)/python benchmarks/options.py pendigits_mlp letter_mlp --seeds 5
+	$(BIN)/python benchmarks/dead.py digits_mlp pendigits_mlp letter_mlp magic_mlp --seeds 5
 	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python benchmarks/clock.py
 	$(BIN)/python -m tests.documentation

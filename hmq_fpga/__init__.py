@@ -34,6 +34,7 @@ _HOME = {
     "Scheme": "hmq_fpga.ir.scheme:Scheme",
     "QNet": "hmq_fpga.ir.network:QNet",
     "run_reference": "hmq_fpga.ir.reference:run",
+    "without_dead": "hmq_fpga.ir.dead:without_dead",
     "to_qkeras": "hmq_fpga.deploy.qkeras.model:to_qkeras",
     "load_qkeras": "hmq_fpga.deploy.qkeras.model:load",
     "from_qkeras": "hmq_fpga.deploy.qkeras.reader:from_qkeras",

@@ -51,6 +51,11 @@ estimate = click.option(
 route_device = click.option(
     "--route-device", metavar="ecp5-85k|…", help="FPGA that --estimate route places on [ecp5-85k]."
 )
+drop_dead = click.option(
+    "--drop-dead/--no-drop-dead",
+    default=None,
+    help="Take out channels that no training or validation sample activates [no].",
+)
 tries = click.option(
     "--tries", type=int, help="Searches, of seeds from --seed on; the best on validation data is kept [1]."
 )
@@ -122,6 +127,7 @@ io_type = click.option("--io-type", type=click.Choice(get_args(IoType)), help="S
 @click.option("--method", help="Search method: hmq, uniform, hawq, zeroq, msqe, pot_gradient or hgq [hmq].")
 @click.option("--zeros", type=float, help="Share of zero weights to aim for, for less logic [off].")
 @click.option("--distill/--no-distill", default=None, help="Learn from the float model while fine-tuning too [no].")
+@drop_dead
 @training
 @tries
 @click.option("--seed", type=int, help="Seed of everything random [0].")
@@ -259,6 +265,7 @@ class _Lists(click.Command):
 @click.option("--max-act-bits", type=int, help="Upper bound on the bit-width of activations [8].")
 @click.option("--zeros", type=float, help="Share of zero weights to aim for, for less logic [off].")
 @click.option("--distill/--no-distill", default=None, help="Learn from the float model while fine-tuning too [no].")
+@drop_dead
 @training
 @tries
 @device

@@ -408,6 +408,30 @@ def small(own, data, out, **changes):
 
 
 @pytest.mark.once
+def test_dead_channels_are_taken_out_on_request(digits_file, tmp_path):
+    own = tmp_path / "own.py"
+    own.write_text(
+        "import torch\nfrom torch import nn\n\n\ndef small():\n"
+        "    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))\n"
+        "    model[1].weight.data[[2, 5]] = -0.1\n"
+        "    model[1].weight.data[[2, 5], 0] = 0.1  # of a corner, which is empty\n"
+        "    return model\n"
+    )
+    before = run(small(own, digits_file, tmp_path / "run", estimate="model"), Quiet())
+    nets = [QNet.load(tmp_path / "run" / "qnet")]
+    after = run(small(own, digits_file, tmp_path / "run", estimate="model", drop_dead=True), Quiet())
+    nets.append(QNet.load(tmp_path / "run" / "qnet"))
+    assert all(after["stages"][name] == before["stages"][name] for name in ("float", "search", "finetune"))
+    ((tensor, count),) = after["metrics"]["dead_channels"].items()
+    assert count >= 2 and "dead_channels" not in before["metrics"]
+    assert [int((~net.linears[0].weight.any(axis=0)).sum()) for net in nets] == [0, count]
+    assert after["metrics"]["parity_passed"] and after["metrics"]["qnet_digest"] != before["metrics"]["qnet_digest"]
+    assert f"{tensor}: {count} of 8 channels are taken out" in (tmp_path / "run" / "report.html").read_text()
+    with np.load(digits_file) as data:
+        np.testing.assert_array_equal(*(reference.run(net, data["x_train"].reshape(-1, 64)) for net in nets))
+
+
+@pytest.mark.once
 @pytest.mark.parametrize("stopped", ["float", "search", "finetune"])
 def test_a_stage_goes_on_from_its_checkpoint(stopped, own_model, digits_file, tmp_path):
     """Where it was, not from its start; and not where a setting has changed."""

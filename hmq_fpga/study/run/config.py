@@ -75,6 +75,7 @@ class RunConfig(BaseModel):
         method, options: search method and its options.
         zeros: share of zero weights to aim for, by larger thresholds and pruning while fine-tuning.
         distill: whether fine-tuning learns from the float model too.
+        drop_dead: whether channels that no training or validation sample activates are taken out of the frozen network.
         label_smoothing: share of a class's probability that is spread over all; by default see `smoothing`.
         input_noise: of training inputs, in deviations of each input value; by default the task's, of one's own none.
         class_weights: how much the samples of each class count, or `balanced`: every class as much as any other.
@@ -127,6 +128,7 @@ class RunConfig(BaseModel):
     options: dict[str, Any] = Field(default_factory=dict)
     zeros: float | None = Field(default=None, gt=0, lt=1)
     distill: bool = False
+    drop_dead: bool = False
     label_smoothing: float | None = Field(default=None, ge=0, lt=1)
     input_noise: float | None = Field(default=None, ge=0)
     class_weights: Literal["balanced"] | tuple[float, ...] | None = None

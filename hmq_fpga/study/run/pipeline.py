@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial, wraps
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Concatenate, ParamSpec, Protocol
@@ -28,6 +29,7 @@ from hmq_fpga.deploy.rtl.estimate import traced_luts
 from hmq_fpga.deploy.settings import Hardware
 from hmq_fpga.deploy.toolchain import GXX
 from hmq_fpga.ir import cost, reference
+from hmq_fpga.ir.dead import without_dead
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.network import QNet
 from hmq_fpga.ir.ops import Shape
@@ -444,7 +446,7 @@ class _Run:
             ),
             Stage(
                 name="freeze",
-                settings={},
+                settings={"drop_dead": True} if config.drop_dead else {},
                 needs=("search", "finetune"),
                 makes=("qnet", LAYERS, OUTPUTS, RANGES),
                 versions=trained,
@@ -596,10 +598,21 @@ class _Run:
             np.testing.assert_array_equal(
                 run_codes(model, x.cpu(), net.output_format), reference.run(net, channels_last(x.cpu().numpy()))
             )
+        config, described, dead = self.config, description(model), dict[str, int]()
+        if config.drop_dead:
+            passes = [
+                self.training.samples("train").in_order(_AT_ONCE),
+                self.training.samples("val").in_order(_AT_ONCE),
+            ]
+            net, dead = without_dead(net, (channels_last(x.cpu().numpy()) for x, _ in chain(*passes)))
         net.save(new / "qnet")
-        config, described = self.config, description(model)
         found = magnitudes(model.to(self.device), self.training)
         ranges = notes_on(model, found, sparse=config.zeros is not None or self.target.pruned)
+        ranges += [
+            f"{name}: {count} of {net.shapes[name][-1]} channels are taken out, which no training or validation sample "
+            "activates"
+            for name, count in dead.items()
+        ]
         model.cpu()
         write_json(new / LAYERS, {**described, "notes": [*described["notes"], *ranges]})
         spans = {
@@ -613,6 +626,7 @@ class _Run:
         traced = {} if self.config.luts is None else {"luts_actual": traced_luts(net)}
         return {
             **traced,
+            **({"dead_channels": dead} if config.drop_dead else {}),
             "qnet_digest": net.digest,
             "outputs": outputs["note"],
             "ranges": ranges,
