@@ -149,11 +149,19 @@ def test_a_request_that_a_callback_loses_is_not_told_about(monkeypatch, capsys):
     assert "ValueError" in told(ValueError)
 
 
+def heeding_interrupts():
+    """As in a terminal: what a shell starts in the background ignores them, and so does all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.once
 def test_interrupted_sweep_says_so_and_leaves_no_process(digits_file, own_model, tmp_path):
     folder = tmp_path / "interrupted"
     process = subprocess.Popen(
-        command(folder, digits_file, own_model, "--jobs", "2"), stderr=subprocess.PIPE, start_new_session=True
+        command(folder, digits_file, own_model, "--jobs", "2"),
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=heeding_interrupts,
     )
     wait_until(lambda: "running" in stage_states(folder).values(), process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
