@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,7 @@ def without_dead(net: QNet, batches: Iterable[np.ndarray[Any, Any]]) -> tuple[QN
     """
     makers = {op.name: maker for op in net.ops if isinstance(op, Quantize) and (maker := _maker(net, op))}
     alive = {name: np.zeros(net.shapes[name][-1], bool) for name in makers}
-    for x in batches:
-        tensors = reference.trace(net, x)
+    for tensors in chain.from_iterable(reference.traces(net, x) for x in batches):
         for name in makers:
             alive[name] |= tensors[name].reshape(-1, len(alive[name])).any(axis=0)
     ops = {op.name: op for op in net.ops}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,15 @@ VALUES = 1 << 20  # that a batch holds of the largest tensor, or of the windows 
 
 def run(net: QNet, x: np.ndarray[Any, Any]) -> Codes:
     """Output codes `(batch, *output_shape)` for real inputs `(batch, *input_shape)`, channels last."""
+    batches = [net.join(tensors) for tensors in traces(net, x)]
+    return np.concatenate(batches) if batches else np.empty((0, *net.output_shape), np.int64)
+
+
+def traces(net: QNet, x: np.ndarray[Any, Any]) -> Iterator[dict[str, Codes]]:
+    """The same as `trace`, of as many samples at a time as `VALUES` holds."""
     batch = max(VALUES // max(_values(net, op) for op in net.ops), 1)
     codes = net.encode(x)
-    batches = [net.join(_execute(net, codes[i : i + batch])) for i in range(0, len(codes), batch)]
-    return np.concatenate(batches) if batches else np.empty((0, *net.output_shape), np.int64)
+    return (_execute(net, codes[i : i + batch]) for i in range(0, len(codes), batch))
 
 
 def trace(net: QNet, x: np.ndarray[Any, Any]) -> dict[str, Codes]:
