@@ -32,7 +32,7 @@ from hmq_fpga.ir.ops import (
     Table,
 )
 
-State = Literal["data", "made", "unreachable", "missed"]
+State = Literal["data", "made", "layer", "unreachable", "missed"]
 EVENTS: Mapping[str, str] = {
     "low": "the smallest code of a quantizer; of an exact sum a negative value that needs all bits of its format",
     "high": "the largest code of a quantizer; of an exact sum a positive value that needs all bits of its format",
@@ -55,7 +55,8 @@ class TensorCoverage:
     Attributes:
         tensor: the op that makes it.
         kind: the op's.
-        events: the state of each event: `data` or `made` say which samples reached it first.
+        events: the state of each event: `data` or `made` say which samples reached it first, `layer` that none did,
+            but codes that the layer was given by itself.
         reached: smallest and largest code among all samples.
         possible: bounds of its codes that hold for all inputs, though no input may reach them.
     """
@@ -94,7 +95,7 @@ class Coverage:
 
     def to_json(self) -> dict[str, Any]:
         """The entry `coverage` of `parity.json`."""
-        states: tuple[State, ...] = ("data", "made", "unreachable", "missed")
+        states: tuple[State, ...] = ("data", "made", "layer", "unreachable", "missed")
         return {**{state: self.count(state) for state in states}, "tensors": [t.to_json() for t in self.tensors]}
 
 
@@ -160,6 +161,27 @@ class Tally:
     def _reach(self, tensor: str, event: str, state: State) -> None:
         self._sets[tensor].add(event)
         self._first.setdefault((tensor, event), state)
+
+    def seen_in_layers(self, given: Mapping[str, Codes], made: Mapping[str, Codes]) -> set[tuple[str, str]]:
+        """Tensor and event of what layers reach by themselves, each by codes that its sources were given.
+
+        Args:
+            given: codes by op; of what is not given, what was made is read.
+            made: what all ops make of them.
+        """
+        read, seen = {**made, **given}, set()
+        for op in self.net.ops:
+            if isinstance(op, Table) and set(np.unique(read[op.source]).tolist()) >= readable(self.net, op):
+                seen.add((op.name, "entries"))
+            elif not isinstance(op, Input):
+                hits = _events(self.net, op, {**read, op.name: made[op.name]})
+                seen |= {(op.name, event) for event, where in hits.items() if where.any()}
+        return seen
+
+    def add_layers(self, seen: set[tuple[str, str]]) -> None:
+        """Count what no sample reached and layers did by themselves."""
+        for tensor, event in seen & self.wanted:
+            self._reach(tensor, event, "layer")
 
     def coverage(self) -> Coverage:
         """The state of all events."""

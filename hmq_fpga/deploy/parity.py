@@ -18,6 +18,7 @@ from hmq_fpga.ir import reference
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import MAX_WIDTH, Codes, Fixed
 from hmq_fpga.ir.network import QNet
+from hmq_fpga.ir.ops import Input
 
 TRACED = 16  # differing samples that are traced to find the first tensor that differs
 
@@ -45,6 +46,19 @@ class Tracer(Protocol):
 
     def trace(self, x: npt.NDArray[np.float32]) -> Mapping[str, Codes]:
         """Codes `(batch, *shape)` by op name, for every op that it can observe."""
+        ...
+
+
+@runtime_checkable
+class Layered(Protocol):
+    """A simulator whose layers can be given codes of their own, see `reference.layers`."""
+
+    def takes(self, codes: Mapping[str, Codes]) -> Mapping[str, Codes]:
+        """Of codes `(batch, *shape)` by op name those that it can take, as near as it can; none at all is an answer."""
+        ...
+
+    def layers(self, given: Mapping[str, Codes]) -> Mapping[str, Codes]:
+        """What ops make of given codes of their sources, by op name, for every op that it can observe."""
         ...
 
 
@@ -117,18 +131,22 @@ class Parity:
         samples: how many inputs.
         simulators: the comparisons by simulator name.
         made: the same on inputs made for what these do not reach, see `made_samples`; None without.
+        layers: the same of each layer by itself, on codes that need come from no input, see `layer_codes`; of those
+            simulators that can, and None without.
         coverage: what all inputs together reached; None without.
     """
 
     samples: int
     simulators: Mapping[str, Comparison]
     made: Parity | None = None
+    layers: Parity | None = None
     coverage: Coverage | None = None
 
     @property
     def passed(self) -> bool:
         """Whether not a single code differs anywhere."""
-        return all(c.mismatches == 0 for c in self.simulators.values()) and (self.made is None or self.made.passed)
+        own = all(c.mismatches == 0 for c in self.simulators.values())
+        return own and all(part is None or part.passed for part in (self.made, self.layers))
 
     def raise_for_mismatch(self) -> None:
         """Do nothing if all is equal.
@@ -137,13 +155,13 @@ class Parity:
             ParityError: naming the simulators and the first tensor that differs in each.
         """
         if not self.passed:
-            made = self.made._differences(" on made samples") if self.made else []
-            raise ParityError("; ".join([*self._differences(""), *made]))
+            made = self.made._differences("output codes differ on made samples") if self.made else []
+            layers = self.layers._differences("codes differ layer by layer") if self.layers else []
+            raise ParityError("; ".join([*self._differences("output codes differ"), *made, *layers]))
 
-    def _differences(self, where: str) -> list[str]:
+    def _differences(self, what: str) -> list[str]:
         return [
-            f"{name}: {c.mismatches} of {c.values} output codes differ{where}, by up to {c.max_abs_diff}; "
-            f"{c.first_difference}"
+            f"{name}: {c.mismatches} of {c.values} {what}, by up to {c.max_abs_diff}; {c.first_difference}"
             for name, c in self.simulators.items()
             if c.mismatches
         ]
@@ -155,8 +173,7 @@ class Parity:
             "samples": self.samples,
             "simulators": {name: c.to_json() for name, c in self.simulators.items()},
         }
-        if self.made:
-            found["made"] = self.made.to_json()
+        found |= {name: part.to_json() for name in ("made", "layers") if (part := getattr(self, name))}
         if self.coverage:
             found["coverage"] = self.coverage.to_json()
         return found
@@ -177,7 +194,8 @@ def check(
         simulators: what to compare.
         x: real inputs `(batch, *input_shape)`, channels last; taken as float32, which is what reaches hardware.
         labels: `(batch,)` classes, for the accuracy; see `classes`.
-        made: also compare on inputs made for what the samples do not reach, and say what all of them reached.
+        made: also compare on inputs made for what the samples do not reach, and layer by layer, and say what all of
+            that reached.
 
     Raises:
         InvalidInput: when there is nothing to compare or the labels do not fit.
@@ -196,7 +214,61 @@ def check(
     tally = Tally(net)
     tally.add(x, "data")
     more = _compare_all(net, simulators, made_samples(net, tally), None)
-    return replace(compared, made=more, coverage=tally.coverage())
+    layers = _compare_layers(net, simulators, tally)
+    return replace(compared, made=more, layers=layers, coverage=tally.coverage())
+
+
+def compare_layers(
+    net: QNet, simulator: Layered, codes: Mapping[str, Codes]
+) -> tuple[Comparison | None, dict[str, Codes], dict[str, Codes]]:
+    """A simulator's layers against the reference, each by itself; None where it can take none.
+
+    Args:
+        net: the network.
+        simulator: that can be given codes.
+        codes: `(batch, *shape)` by op, see `layer_codes`.
+
+    Returns:
+        the comparison; the codes that were given; and what the reference makes of them.
+
+    Raises:
+        ParityError: when a simulator's values are not even on their tensor's grid.
+    """
+    given = dict(simulator.takes(codes))
+    if not given:
+        return None, {}, {}
+    expected, actual = reference.layers(net, given), simulator.layers(given)
+    names = [op.name for op in net.ops if op.name in actual and not isinstance(op, Input)]
+    differences = {name: np.abs(actual[name] - expected[name]) for name in names}
+    count = len(next(iter(given.values())))
+    found = (_difference(name, np.arange(count), expected[name], actual[name]) for name in names)
+    comparison = Comparison(
+        values=sum(difference.size for difference in differences.values()),
+        mismatches=sum(int(np.count_nonzero(difference)) for difference in differences.values()),
+        max_abs_diff=max((int(difference.max()) for difference in differences.values()), default=0),
+        accuracy=None,
+        first_difference=next(filter(None, found), None),
+    )
+    return comparison, given, expected
+
+
+def _compare_layers(net: QNet, simulators: Sequence[Simulator], tally: Tally) -> Parity | None:
+    """All simulators that can; what every one of them reached is counted."""
+    from hmq_fpga.deploy.layers import layer_codes
+
+    if (codes := layer_codes(net)) is None:
+        return None
+    comparisons, reached = {}, []
+    for simulator in simulators:
+        if isinstance(simulator, Layered):
+            comparison, given, expected = compare_layers(net, simulator, codes)
+            if comparison:
+                comparisons[simulator.name] = comparison
+                reached.append(tally.seen_in_layers(given, expected))
+    if not comparisons:
+        return None
+    tally.add_layers(set.intersection(*reached))
+    return Parity(len(next(iter(codes.values()))), comparisons)
 
 
 def classes(outputs: Codes) -> Codes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,23 @@ def trace(net: QNet, x: np.ndarray[Any, Any]) -> dict[str, Codes]:
     return _execute(net, net.encode(x))
 
 
+def layers(net: QNet, given: Mapping[str, Codes]) -> dict[str, Codes]:
+    """What each op by itself makes of given codes of its sources, by op name.
+
+    Args:
+        net: the network.
+        given: codes `(batch, *shape)` by op name, those of every input among them. They need be nobody's results; a
+            tensor that is not given is what was made.
+    """
+    made: dict[str, Codes] = {}
+    tensors: dict[str, Codes] = {}
+    for op in net.ops:
+        sources = [tensors[name] for name in op.reads]
+        made[op.name] = given[op.name] if isinstance(op, Input) else op.run(net.sources(op), sources)
+        tensors[op.name] = given.get(op.name, made[op.name])
+    return made
+
+
 def _values(net: QNet, op: Op) -> int:
     """Values of a tensor for one sample, or of the windows that it is computed from."""
     tensor = net.tensors[op.name]
@@ -42,8 +59,4 @@ def _values(net: QNet, op: Op) -> int:
 
 
 def _execute(net: QNet, codes: Codes) -> dict[str, Codes]:
-    tensors: dict[str, Codes] = net.split_inputs(codes)
-    for op in net.ops:
-        if not isinstance(op, Input):
-            tensors[op.name] = op.run(net.sources(op), [tensors[name] for name in op.reads])
-    return tensors
+    return layers(net, net.split_inputs(codes))

@@ -222,15 +222,20 @@ def verdict(parity: Mapping[str, Any]) -> str:
         f"{name} {figures['mismatches']} of {figures['values']} values differ"
         for name, figures in parity["simulators"].items()
     )
+    if layers := parity.get("layers"):
+        wrong, of = (sum(s[key] for s in layers["simulators"].values()) for key in ("mismatches", "values"))
+        counts += f"; layer by layer {wrong} of {of}"
     return f"{'passed' if parity['passed'] else 'BROKEN'}: {counts}"
 
 
 def covered(coverage: Mapping[str, Any]) -> str:
     """Coverage in a line: the entry of `parity.json`."""
-    total = sum(coverage[state] for state in ("data", "made", "unreachable", "missed"))
+    by_layers = coverage.get("layer", 0)
+    total = by_layers + sum(coverage[state] for state in ("data", "made", "unreachable", "missed"))
     return (
         f"{coverage['data']} of {total} events by the test split, {coverage['made']} by made samples, "
-        f"{coverage['unreachable']} unreachable, {coverage['missed']} missed"
+        + (f"{by_layers} by layers alone, " if by_layers else "")
+        + f"{coverage['unreachable']} unreachable, {coverage['missed']} missed"
     )
 
 

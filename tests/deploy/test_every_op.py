@@ -14,7 +14,8 @@ from hmq_fpga.deploy.convert import convert_folder
 from hmq_fpga.deploy.hls import project
 from hmq_fpga.deploy.hls.layers import ATTRIBUTES
 from hmq_fpga.deploy.hls.project import HlsProject
-from hmq_fpga.deploy.parity import check
+from hmq_fpga.deploy.layers import layer_codes
+from hmq_fpga.deploy.parity import check, compare_layers
 from hmq_fpga.deploy.settings import Hardware
 from hmq_fpga.ir import reference
 from hmq_fpga.ir.errors import InvalidInput
@@ -157,6 +158,10 @@ def test_every_back_end_computes_the_same(names, tmp_path):
     parity = check(net, simulators, x)
     parity.raise_for_mismatch()
     assert len(parity.simulators) == len(installed)
+    codes = layer_codes(net)
+    for simulator in simulators:
+        compared, given, _ = compare_layers(net, simulator, codes)
+        assert compared.mismatches == 0 and len(given) > len(nets), (simulator.name, compared)
     for each in nets:
         assert len(np.unique(reference.run(each, x), axis=0)) > 25, "the network should tell its inputs apart"
 

@@ -18,12 +18,15 @@ from hmq_fpga.deploy.audit.program import program_faults
 from hmq_fpga.deploy.backends import HLS, QKERAS, RTL, split_by_installed
 from hmq_fpga.deploy.coverage import Tally
 from hmq_fpga.deploy.hls.project import HlsProject
+from hmq_fpga.deploy.layers import layer_codes
+from hmq_fpga.deploy.parity import Layered, Simulator, compare_layers
 from hmq_fpga.deploy.proof.prove import Proof, prove
 from hmq_fpga.deploy.rtl.project import RtlProject
 from hmq_fpga.deploy.rtl.trace import load_program
 from hmq_fpga.deploy.samples import made_samples
 from hmq_fpga.ir import reference
 from hmq_fpga.ir.errors import InvalidInput
+from hmq_fpga.ir.fixed import Codes
 from hmq_fpga.ir.network import QNet
 
 Result = Literal["caught", "equal", "hole"]
@@ -114,13 +117,13 @@ def audit(
     tally.add(x, "data")
     samples = np.concatenate([x, made_samples(net, tally)])
     expected = reference.run(net, samples)
-    verdicts = []
+    codes, verdicts = layer_codes(net), []
     with tempfile.TemporaryDirectory() as scratch:
         sources = _sources(net, folder, Path(scratch), seed)
         for name, count in _shares(mutants, list(sources)).items():
             for number, fault in enumerate(islice(sources[name], count), 1):
                 said(f"{name}: fault {number} of {count}")
-                verdicts.append(_judged(net, fault, samples, expected))
+                verdicts.append(_judged(net, fault, samples, expected, codes))
     found: list[Proof] = []
     if proofs:
         said("proofs")
@@ -153,25 +156,31 @@ def _shares(mutants: int, names: Sequence[str]) -> dict[str, int]:
     return {name: each if name != names[-1] else mutants - each * (len(names) - 1) for name in names}
 
 
-def _judged(net: QNet, fault: Fault, x: Samples, expected: npt.NDArray[np.int64]) -> Verdict:
+def _caught(
+    net: QNet, simulator: Simulator, x: Samples, expected: Codes, codes: Mapping[str, Codes] | None
+) -> str | None:
+    """What parity says against a simulator."""
+    actual = simulator.predict(x)
+    differing = int(np.count_nonzero(actual != expected)) if actual.shape == expected.shape else expected.size
+    if differing:
+        return f"{differing} of {expected.size} values differ"
+    layers = compare_layers(net, simulator, codes)[0] if codes and isinstance(simulator, Layered) else None
+    if layers and layers.mismatches:
+        return f"layer by layer {layers.mismatches} of {layers.values} values differ"
+    return None
+
+
+def _judged(net: QNet, fault: Fault, x: Samples, expected: Codes, codes: Mapping[str, Codes] | None = None) -> Verdict:
     inputs: Sequence[int] | None = None
     result: Result = "caught"
     try:
-        actual = fault.simulate(x)
-        differing = int(np.count_nonzero(actual != expected)) if actual.shape == expected.shape else expected.size
-        reason = f"{differing} of {expected.size} values differ"
+        with fault.simulator() as simulator:
+            reason = _caught(net, simulator, x, expected, codes)
     except Exception as error:  # whatever a faulty model or program does
-        differing, reason = expected.size, f"does not run: {' '.join(str(error).split())[:120]}"
-    if not differing:
+        reason = f"does not run: {' '.join(str(error).split())[:120]}"
+    if not reason:
         why, inputs = fault.judged(net, x)
-        result, reason = (
-            ("equal", why)
-            if why
-            else (
-                "hole",
-                "no sample shows it" if inputs else "no input that was tried shows it, nor is it shown that none does",
-            )
-        )
+        result, reason = ("equal", why) if why else ("hole", _SHOWN if inputs else _OPEN)
     return Verdict(
         backend=fault.backend,
         kind=fault.kind,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmq_fpga.deploy.bounds import Relaxation
+from hmq_fpga.deploy.parity import Simulator
 from hmq_fpga.deploy.proof.forms import Forms, Value
 from hmq_fpga.deploy.proof.network import Cast, network_forms, output_forms
 from hmq_fpga.ir.fixed import Codes, Fixed
@@ -22,7 +24,6 @@ SEARCHED = 20_000  # inputs that are tried at random, and as many near parity's,
 AT_ONCE = 4_000
 KEPT = 100  # inputs from which a round of the search goes on
 ROUNDS = 10
-Simulate = Callable[[npt.NDArray[np.float32]], Codes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class Fault:
         kind: what sort of fault.
         where: file and tensor.
         change: what was there and what is.
-        simulate: output codes with the fault, `(batch, *output_shape)`, for real inputs.
+        simulator: enters a simulator with the fault.
         meaning: what it makes of the network, where that is known.
         judge: says of a fault that is not caught why it makes no difference, or shows an input; where there is no
             meaning.
@@ -57,7 +58,7 @@ class Fault:
     kind: str
     where: str
     change: str
-    simulate: Simulate
+    simulator: Callable[[], AbstractContextManager[Simulator]]
     meaning: Meaning | None = None
     judge: Callable[[Codes], tuple[str | None, list[int] | None]] | None = None
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from hmq_fpga.deploy.audit.fault import Fault, Meaning, type_cast, with_op
+from hmq_fpga.deploy.hls.csim import Library
 from hmq_fpga.deploy.hls.project import HlsProject
 from hmq_fpga.ir.fixed import Codes, Fixed
 from hmq_fpga.ir.network import QNet
@@ -22,6 +25,24 @@ _TYPE = re.compile(r"ap_u?fixed<[^>]*>")
 _MOVED = re.compile(r"= data\[(\d+)\]")
 _POOLING = re.compile(r"^struct (\w+) : nnet::pooling\w*_config \{$.*?^\};$", re.MULTILINE | re.DOTALL)
 _WINDOW = re.compile(r"static const unsigned ((?:pool|stride)_(?:height|width)|pad_(?:top|left)) = (\d+);")
+
+
+@dataclass(frozen=True, eq=False)
+class _Copy:
+    """A copy of a project, with hooks, and its library: with them a fault is compiled once for all comparisons."""
+
+    project: HlsProject
+    library: Library
+    name: ClassVar[str] = HlsProject.name
+
+    def predict(self, x: npt.NDArray[np.float32]) -> Codes:
+        return self.project.run(self.library, x)
+
+    def takes(self, codes: Mapping[str, Codes]) -> Mapping[str, Codes]:
+        return self.project.takes(codes)
+
+    def layers(self, given: Mapping[str, Codes]) -> Mapping[str, Codes]:
+        return self.project.run_layers(self.library, given)
 
 
 class Firmware:
@@ -55,11 +76,7 @@ class Firmware:
 
     def _copy(self) -> HlsProject:
         self.copies += 1
-        folder = self.scratch / f"copy{self.copies}"
-        shutil.copytree(self.project.folder, folder, ignore=shutil.ignore_patterns("*.so", "*_prj", "tb_data"))
-        script = folder / "build_lib.sh"
-        script.write_text(script.read_text().replace("-O3", "-O0"))  # compiled once, run little
-        return replace(self.project, folder=folder)
+        return self.project.hooked(self.scratch / f"copy{self.copies}")
 
     @cached_property
     def _compiled(self) -> tuple[HlsProject, Path]:
@@ -94,19 +111,20 @@ class Firmware:
             return None
         text = ", ".join(f"{v:.17g}" for v in values.ravel())
 
-        def simulate(x: npt.NDArray[np.float32]) -> Codes:
+        @contextmanager
+        def simulator() -> Iterator[_Copy]:
             project, built = self._compiled
             file = project.folder / "firmware" / "weights" / path.name
             before = file.read_text()
             file.write_text(text)
             try:
-                return project.run(project.library(built), x)
+                yield _Copy(project, project.library(built))
             finally:
                 file.write_text(before)
 
         where = f"firmware/weights/{path.name}, {op.name}"
         return Fault(
-            backend="hls", kind=kind, where=where, change=change, simulate=simulate, meaning=Meaning(net=meaning)
+            backend="hls", kind=kind, where=where, change=change, simulator=simulator, meaning=Meaning(net=meaning)
         )
 
     def _entry(self, rng: np.random.Generator) -> Fault | None:
@@ -270,12 +288,13 @@ class Firmware:
     def _compiled_fault(
         self, kind: str, where: str, change: str, edit: Callable[[Path], None], meaning: Meaning | None
     ) -> Fault:
-        def simulate(x: npt.NDArray[np.float32]) -> Codes:
+        @contextmanager
+        def simulator() -> Iterator[_Copy]:
             project = self._copy()
             try:
                 edit(project.folder)
-                return project.run(project.library(project.build()), x)
+                yield _Copy(project, project.library(project.build()))
             finally:
                 shutil.rmtree(project.folder)
 
-        return Fault(backend="hls", kind=kind, where=where, change=change, simulate=simulate, meaning=meaning)
+        return Fault(backend="hls", kind=kind, where=where, change=change, simulator=simulator, meaning=meaning)

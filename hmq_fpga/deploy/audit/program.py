@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from hmq_fpga.deploy.audit.fault import Compared, Fault, witness
+from hmq_fpga.deploy.proof.opened import Places, find_places
 from hmq_fpga.deploy.proof.prove import prove_program
 from hmq_fpga.deploy.rtl.trace import Interpreter
 from hmq_fpga.ir import reference
@@ -31,11 +33,12 @@ _KINDS: tuple[tuple[str, tuple[int, ...], Change], ...] = (
 
 def program_faults(net: QNet, program: Any, rng: np.random.Generator) -> Iterator[Fault]:
     """Faults of single operations, of table entries and of swapped outputs, without end."""
+    places = find_places(net, program)
     while True:
         if program.lookup_tables and rng.random() < 1 / (1 + len(_KINDS)):
-            yield _fault(net, *_entry(program, rng))
+            yield _fault(net, places, *_entry(program, rng))
         elif program.shape[1] > 1 and rng.random() < 1 / (1 + len(_KINDS)):
-            yield _fault(net, *_swapped(program, rng))
+            yield _fault(net, places, *_swapped(program, rng))
         else:
             kind, codes, change = _KINDS[rng.integers(len(_KINDS))]
             numbers = [i for i, op in enumerate(program.ops) if op.opcode in codes and (not op.addr or op.addr[0] > 0)]
@@ -45,6 +48,7 @@ def program_faults(net: QNet, program: Any, rng: np.random.Generator) -> Iterato
                 ops[number] = changed = change(ops[number])
                 yield _fault(
                     net,
+                    places,
                     program._replace(ops=ops),
                     kind,
                     f"value {number}",
@@ -86,9 +90,8 @@ def _swapped(program: Any, rng: np.random.Generator) -> tuple[Any, str, str, str
     return program._replace(**fields), "swapped channels", "outputs", f"{first} and {second}"
 
 
-def _fault(net: QNet, program: Any, kind: str, where: str, change: str) -> Fault:
-    def simulate(x: npt.NDArray[np.floating[Any]]) -> Codes:
-        return Interpreter(net=net, program=program).predict(x.astype(np.float32))
+def _fault(net: QNet, places: Places, program: Any, kind: str, where: str, change: str) -> Fault:
+    faulty = Interpreter(net=net, program=program, places=places)
 
     def judge(near: Codes) -> tuple[str | None, list[int] | None]:
         proof = prove_program(net, program)
@@ -100,9 +103,11 @@ def _fault(net: QNet, program: Any, kind: str, where: str, change: str) -> Fault
 
         def compare(codes: Codes) -> Compared:
             x = (codes * step).reshape(len(codes), *net.input_shape)
-            off = np.abs(simulate(x) - reference.run(net, x)).reshape(len(x), -1).max(axis=1)
+            off = np.abs(faulty.predict(x.astype(np.float32)) - reference.run(net, x)).reshape(len(x), -1).max(axis=1)
             return off > 0, off.astype(np.float64)
 
         return None, witness(net, near, compare)
 
-    return Fault(backend="rtl", kind=kind, where=where, change=change, simulate=simulate, judge=judge)
+    return Fault(
+        backend="rtl", kind=kind, where=where, change=change, simulator=lambda: nullcontext(faulty), judge=judge
+    )

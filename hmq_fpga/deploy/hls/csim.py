@@ -25,6 +25,7 @@ from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.ops import Shape
 
 STACK_BYTES = 96 << 20  # what Linux leaves a stack to grow to, less what is there
+_GIVEN = Path(__file__).with_name("layers_given.h")
 Values = npt.NDArray[np.float64]
 
 
@@ -53,20 +54,33 @@ class Library:
             self.call(sample, [value[i] for value in values])
         return values
 
-    def trace(self, inputs: Sequence[Values], tensors: Sequence[Tensor]) -> dict[str, Values]:
-        """The values of tensors by op name, each `(batch, *shape)`; they are those that `add_hooks` was given."""
+    def trace(
+        self, inputs: Sequence[Values], tensors: Sequence[Tensor], given: Mapping[str, Values] | None = None
+    ) -> dict[str, Values]:
+        """The values of tensors by op name, each `(batch, *shape)`.
+
+        Args:
+            inputs: values `(batch, *input shape)`.
+            tensors: that `add_hooks` was given.
+            given: values `(batch, *shape)` of some of them by op name, that are read in the place of what was made.
+        """
+        given = {op: np.ascontiguousarray(array) for op, array in (given or {}).items()}
         observed = {t.op: t for t in tensors}
         values = {t.op: np.zeros((len(inputs[0]), *t.shape)) for t in tensors}
         outputs = [np.zeros(shape) for shape in self.ports]
         storage = (_TraceData * len(observed))()
         self.handle.allocate_trace_storage(ctypes.c_size_t(8))
         for i, sample in enumerate(zip(*inputs, strict=True)):
+            for op, array in given.items():
+                self.handle.give(op.encode(), array[i].ctypes)
             self.call(sample, outputs)
             self.handle.collect_trace_output(storage)
             for entry in storage:
                 tensor = observed[entry.name.decode()]
                 data = ctypes.cast(entry.data, ctypes.POINTER(ctypes.c_double))
                 values[tensor.op][i] = np.ctypeslib.as_array(data, tensor.shape)
+        for op in given:
+            self.handle.give(op.encode(), None)
         self.handle.free_trace_storage()
         return values
 
@@ -138,11 +152,13 @@ def load_library(built: Path, top: str, inputs: Sequence[Shape], ports: Sequence
 def add_hooks(folder: Path, top: str, tensors: Sequence[Tensor], inputs: Sequence[str]) -> None:
     """Let a project save tensors, each after the call that makes it, and those of the inputs before all.
 
+    Where its types are AMD's, those of other ops can then be given; see `takes_layers`.
+
     Raises:
         InvalidInput: when the files are not those that were written.
     """
     firmware = folder / "firmware" / f"{top}.cpp"
-    code, storage = firmware.read_text(), ""
+    code, storage, gives = firmware.read_text(), "", takes_layers(folder)
     for tensor in tensors:
         size, typedef = int(np.prod(tensor.shape)), tensor.typedefs["result"]
         made = f", {tensor.variable}" if tensor.op not in inputs else "// hls-fpga-machine-learning insert layers"
@@ -150,10 +166,20 @@ def add_hooks(folder: Path, top: str, tensors: Sequence[Tensor], inputs: Sequenc
         if end is None:
             raise InvalidInput(f"{firmware}: no call makes {tensor.variable}: write the project again")
         hook = f'\n    nnet::save_layer_output<{typedef}>({tensor.variable}, "{tensor.op}", {size});'
+        if gives and tensor.op not in inputs:
+            hook += f'\n    given::put({tensor.variable}, "{tensor.op}", {size});'
         code = code[: end.end()] + hook + code[end.end() :]
         storage += f'\n    nnet::trace_outputs->insert({{"{tensor.op}", malloc({size} * element_size)}});'
+    if gives:
+        shutil.copy(_GIVEN, firmware.parent)
+        code = f'#include "{_GIVEN.name}"\n{code}'
     firmware.write_text(code)
     edit(folder / f"{top}_bridge.cpp", {"trace_type_size = element_size;": rf"\g<0>{storage}"})
+
+
+def takes_layers(folder: Path) -> bool:
+    """Whether tensors in between can be given to a project, once it has hooks."""
+    return (folder / "firmware" / "ap_types").is_dir()
 
 
 def edit(path: Path, patterns: Mapping[str, str]) -> None:

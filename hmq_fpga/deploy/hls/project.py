@@ -231,11 +231,36 @@ class HlsProject:
 
     def trace(self, x: npt.NDArray[np.float32]) -> dict[str, Codes]:
         """Codes of every tensor by op name, from a copy of the project that hls4ml's own hooks are added to."""
-        values = self._traced_library.trace(self._samples(x), self._observed)
+        values = self._hooked_library.trace(self._samples(x), self._observed)
         for tensor in self.tensors:  # a tensor in another's variable, as after a flatten
             if tensor.op not in values:
                 values[tensor.op] = values[self._first(tensor.variable).op].reshape(len(x), *tensor.shape)
         return {t.op: to_codes(values[t.op], t.format, t.op) for t in self.tensors}
+
+    def takes(self, codes: Mapping[str, Codes]) -> dict[str, Codes]:
+        """Those of the tensors in variables of their own; none where the types are not AMD's."""
+        taken = [t.op for t in self._observed] if csim.takes_layers(self.folder) else []
+        return {name: codes[name] for name in taken if name in codes}
+
+    def layers(self, given: Mapping[str, Codes]) -> dict[str, Codes]:
+        """What each op makes of given codes of its sources, by the copy of the project that `trace` runs."""
+        return self.run_layers(self._hooked_library, given)
+
+    def run_layers(self, library: csim.Library, given: Mapping[str, Codes]) -> dict[str, Codes]:
+        """Codes as `layers` gives them, by a library of this project with hooks, or of one with the same tensors."""
+        formats = {t.op: t.format for t in self._observed}
+        values = {name: np.ascontiguousarray(formats[name].decode(codes)) for name, codes in given.items()}
+        inputs = [values.pop(name) for name in self.inputs]
+        made = library.trace(inputs, self._observed, values)
+        return {name: to_codes(made[name], format, name) for name, format in formats.items()}
+
+    def hooked(self, folder: Path) -> HlsProject:
+        """A copy of the project, in a folder that is not there yet, whose library `trace` and `run_layers` can use."""
+        shutil.copytree(self.folder, folder, ignore=shutil.ignore_patterns("*.so", "*_prj", "tb_data"))
+        csim.add_hooks(folder, self.top, self._observed, self.inputs)
+        script = folder / "build_lib.sh"
+        script.write_text(script.read_text().replace("-O3", "-O0"))  # compiled once, run little
+        return replace(self, folder=folder)
 
     def write_tb_data(self, x: npt.NDArray[np.float32], codes: Codes) -> None:
         """Give the vendor's C simulation the same samples: inputs, and the outputs to expect.
@@ -272,12 +297,9 @@ class HlsProject:
         return self._compiled(self.folder)
 
     @cached_property
-    def _traced_library(self) -> csim.Library:
+    def _hooked_library(self) -> csim.Library:
         with tempfile.TemporaryDirectory() as scratch:
-            traced = Path(scratch) / "project"
-            shutil.copytree(self.folder, traced, ignore=shutil.ignore_patterns("*.so", "*_prj"))
-            csim.add_hooks(traced, self.top, self._observed, self.inputs)
-            return self._compiled(traced)
+            return self._compiled(self.hooked(Path(scratch) / "project").folder)
 
     def _compiled(self, folder: Path) -> csim.Library:
         """This project, or a copy of it, compiled."""

@@ -40,6 +40,14 @@ def program_forms(program: Any, inputs: Sequence[Value], forms: Forms) -> Progra
     return ProgramForms(outputs, reader.overflows)
 
 
+def program_values(program: Any, inputs: Sequence[Value], forms: Forms) -> list[Value]:
+    """The form of every value of a program, from those of its inputs."""
+    reader = _Reader(program, inputs, forms)
+    for number, op in enumerate(program.ops):
+        reader.take(number, op)
+    return reader.values
+
+
 class _Reader:
     def __init__(self, program: Any, inputs: Sequence[Value], forms: Forms) -> None:
         self.program, self.inputs, self.forms = program, inputs, forms

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from hmq_fpga.deploy.audit.fault import Fault, Meaning, with_op
 from hmq_fpga.deploy.qkeras.model import MODEL, QKerasSimulator, load
@@ -55,11 +55,12 @@ def _code(net: QNet, model: Any, rng: np.random.Generator) -> Fault | None:
     changed = [*weights]
     changed[place] = format.decode(values).reshape(weights[place].shape)
 
-    def simulate(x: npt.NDArray[np.float32]) -> Codes:
+    @contextmanager
+    def simulator() -> Iterator[QKerasSimulator]:
         layer = model.get_layer(op.name)
         layer.set_weights(changed)
         try:
-            return QKerasSimulator(net, model).predict(x)
+            yield QKerasSimulator(net, model)
         finally:
             layer.set_weights(weights)
 
@@ -68,7 +69,7 @@ def _code(net: QNet, model: Any, rng: np.random.Generator) -> Fault | None:
         kind=f"code of a {field}",
         where=op.name,
         change=f"code {index} from {was} to {now}",
-        simulate=simulate,
+        simulator=simulator,
         meaning=Meaning(net=with_op(net, op, **{field: values})),
     )
 
@@ -113,10 +114,11 @@ def _window(net: QNet, model: Any, config: Any, rng: np.random.Generator) -> Fau
 
 
 def _rebuilt(net: QNet, model: Any, config: Any, kind: str, where: str, change: str, meaning: Meaning | None) -> Fault:
-    def simulate(x: npt.NDArray[np.float32]) -> Codes:
+    @contextmanager
+    def simulator() -> Iterator[QKerasSimulator]:
         with quiet():
             made = type(model).from_config(config, custom_objects=custom_objects())
             made.set_weights(model.get_weights())
-        return QKerasSimulator(net, made).predict(x)
+        yield QKerasSimulator(net, made)
 
-    return Fault(backend="qkeras", kind=kind, where=where, change=change, simulate=simulate, meaning=meaning)
+    return Fault(backend="qkeras", kind=kind, where=where, change=change, simulator=simulator, meaning=meaning)

@@ -186,6 +186,25 @@ class QKerasSimulator:
         """Codes of every tensor by op name, for real inputs `(batch, *input shape)`."""
         return self._run(x, {op.name: self.model.get_layer(layer_name(op)).output for op in self.net.ops})
 
+    def takes(self, codes: Mapping[str, Codes]) -> Mapping[str, Codes]:
+        """All: each layer can be called by itself."""
+        return codes
+
+    def layers(self, given: Mapping[str, Codes]) -> dict[str, Codes]:
+        """What each op's layers make of given codes of its sources."""
+        keras, made, tensors = import_keras(), {}, {}
+        for op in self.net.ops:
+            if isinstance(op, Input):
+                tensors[op.name] = made[op.name] = given[op.name]
+                continue
+            read = dict.fromkeys(op.reads)
+            inputs = [self.model.get_layer(layer_name(self.net[name])).output for name in read]
+            layer = keras.Model(_one_or_list(inputs), self.model.get_layer(layer_name(op)).output)
+            values = [self.net.formats[name].decode(tensors[name]) for name in read]
+            made[op.name] = to_codes(np.asarray(layer(_one_or_list(values))), self.net.formats[op.name], op.name)
+            tensors[op.name] = given.get(op.name, made[op.name])
+        return made
+
     def _run(self, x: npt.NDArray[np.float32], outputs: Mapping[str, Any]) -> dict[str, Codes]:
         """Codes of Keras tensors, each that of an op."""
         inputs = [

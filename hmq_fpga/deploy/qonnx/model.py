@@ -153,6 +153,24 @@ def with_batch(model: ModelProto, batch: int) -> ModelProto:
     return changed
 
 
+def with_given(model: ModelProto, names: Sequence[str]) -> ModelProto:
+    """A copy of a model in which whatever reads some tensors reads as many further inputs in their place."""
+    from onnx import ModelProto
+
+    changed = ModelProto()
+    changed.CopyFrom(model)
+    shapes = {value.name: value for value in (*model.graph.value_info, *model.graph.output)}
+    for name in names:
+        value = changed.graph.input.add()
+        value.CopyFrom(shapes[name])
+        value.name = f"{name}_given"
+    for node in changed.graph.node:
+        for place, name in enumerate(node.input):
+            if name in names:
+                node.input[place] = f"{name}_given"
+    return changed
+
+
 @dataclass(frozen=True, eq=False)
 class QonnxSimulator:
     """A network's QONNX model, run by qonnx: the one given, such as a loaded one, or a fresh one."""
@@ -192,16 +210,33 @@ class QonnxSimulator:
         """Codes of every tensor by op name, for real inputs `(batch, *input shape)`."""
         return self._run(x, [op.name for op in self.net.ops])
 
+    def takes(self, codes: Mapping[str, Codes]) -> Mapping[str, Codes]:
+        """All: whatever reads a tensor can read another one."""
+        return codes
+
+    def layers(self, given: Mapping[str, Codes]) -> dict[str, Codes]:
+        """What the nodes of each op make of given codes of its sources."""
+        called, inputs = Names.of(self.net).tensors, [op.name for op in self.net.inputs]
+        values = {name: self.net.formats[name].decode(codes).astype(np.float32) for name, codes in given.items()}
+        parts = [values.pop(name) for name in inputs]
+        model = with_given(self.model, [called[name] for name in values])
+        return self._executed(model, [*parts, *values.values()], [op.name for op in self.net.ops])
+
     def _run(self, x: npt.NDArray[np.float32], names: Sequence[str]) -> dict[str, Codes]:
-        parts = self.net.split_inputs(x)
-        inputs = {value.name: part for value, part in zip(self.model.graph.input, parts.values(), strict=True)}
-        size = min(BATCH, len(x))
-        model = _wrapped(with_batch(self.model, size))
+        return self._executed(self.model, [*self.net.split_inputs(x).values()], names)
+
+    def _executed(
+        self, model: ModelProto, parts: Sequence[npt.NDArray[np.float32]], names: Sequence[str]
+    ) -> dict[str, Codes]:
+        """Codes of tensors, for values `(batch, *shape)` of a model's inputs in their order."""
+        inputs = {value.name: part for value, part in zip(model.graph.input, parts, strict=True)}
+        size = min(BATCH, len(parts[0]))
+        wrapped = _wrapped(with_batch(model, size))
         found: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in names}
         called = Names.of(self.net).tensors
-        for start in range(0, len(x), size):
-            first = min(start, len(x) - size)  # the last ones overlap with those before
-            tensors = _executed(model, {name: part[first : first + size] for name, part in inputs.items()})
+        for start in range(0, len(parts[0]), size):
+            first = min(start, len(parts[0]) - size)  # the last ones overlap with those before
+            tensors = _executed(wrapped, {name: part[first : first + size] for name, part in inputs.items()})
             for name in names:
                 found[name].append(tensors[called[name]][start - first :])
         return {name: to_codes(np.concatenate(found[name]), self.net.formats[name], name) for name in names}

@@ -13,8 +13,9 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -70,6 +71,9 @@ from hmq_fpga.ir.ops import (
     Window,
 )
 
+if TYPE_CHECKING:
+    from hmq_fpga.deploy.proof.opened import OpenedProgram, Places
+
 SIZE_LIMIT = 50_000  # of `size_estimate`: minutes of tracing, up to some 250,000 LUTs
 MAX_BITS = 28  # of a tensor: all that the tracer computes then fits 31-bit constants and 63-bit values
 MAX_CONSTANT_BITS = 24  # the tracer holds weight matrices and tables in float32
@@ -101,10 +105,18 @@ def size_estimate(net: QNet) -> int:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Interpreter:
-    """The traced program on integers: what the Verilog is written from, without clock and Verilog."""
+    """The traced program on integers: what the Verilog is written from, without clock and Verilog.
+
+    Attributes:
+        net: the network.
+        program: traced of it.
+        places: where the network's tensors are in it; by default they are looked for, when layers are asked for.
+        name: its key in `parity.json`.
+    """
 
     net: QNet
     program: CombLogic
+    places: Places | None = None
     name: str = "trace"
 
     def predict(self, x: np.ndarray[Any, Any]) -> Codes:
@@ -115,6 +127,22 @@ class Interpreter:
         """Output codes in a row for input codes in a row, `(batch, values)`."""
         outputs = self.program.predict(codes.astype(np.float64)) if len(codes) else np.empty(0)
         return outputs.astype(np.int64).reshape(len(codes), math.prod(self.net.output_shape))
+
+    def takes(self, codes: Mapping[str, Codes]) -> Mapping[str, Codes]:
+        """The nearest codes that the program's words hold, of those tensors whose values are in it."""
+        return self.opened.takes(codes) if self.opened.places else {}
+
+    def layers(self, given: Mapping[str, Codes]) -> Mapping[str, Codes]:
+        """What the program makes of given codes, of each tensor from those before it, and of the outputs."""
+        return self.opened.layers(given)
+
+    @cached_property
+    def opened(self) -> OpenedProgram:
+        """The program with its tensors laid open."""
+        from hmq_fpga.deploy.proof.opened import OpenedProgram, find_places
+
+        places = find_places(self.net, self.program) if self.places is None else self.places
+        return OpenedProgram(self.net, self.program, places)
 
 
 def _operations(net: QNet, op: Op) -> int:
