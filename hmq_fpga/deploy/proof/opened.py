@@ -58,14 +58,13 @@ def find_places(net: QNet, program: Any) -> dict[str, Place]:
     for number, value in enumerate(values):
         numbers.setdefault(value.key, []).append(number)
     places: dict[str, Place] = {}
-    taken = {number for number, op in enumerate(program.ops) if op.opcode == _INPUT}
+    inputs = {number for number, op in enumerate(program.ops) if op.opcode == _INPUT}
     for name, tensor in network_forms(net, forms).items():
         if isinstance(net[name], Input) or (place := _place(tensor.ravel(), numbers)) is None:
             continue
         used = set(place.numbers[place.held].tolist())
-        if used and not used & taken and _separate(net, program, {**places, name: place}):
+        if used and not used & inputs and _separate(net, program, {**places, name: place}):
             places[name] = place
-            taken |= used
     return places
 
 
@@ -85,27 +84,36 @@ def _code(value: Value) -> int:
 
 def _separate(net: QNet, program: Any, places: Places) -> bool:
     """Whether what makes each tensor, and each output, reads only what the network's op reads."""
-    bits = {name: 1 << n for n, name in enumerate([*(op.name for op in net.inputs), *places])}
-    given = {int(n): bits[name] for name, place in places.items() for n in place.numbers[place.held]}
-    inputs = [bits[op.name] for op in net.inputs for _ in range(int(np.prod(op.shape)))]
+    owners: dict[int, frozenset[str]] = {}  # one value may be of several tensors
+    for name, place in places.items():
+        for n in place.numbers[place.held].tolist():
+            owners[n] = owners.get(n, frozenset()) | {name}
+    inputs = [frozenset([op.name]) for op in net.inputs for _ in range(int(np.prod(op.shape)))]
+    bits = {owned: 1 << i for i, owned in enumerate({*inputs, *owners.values()})}
     made: list[int] = []
     for op in program.ops:
-        mask = inputs[op.data[0]] if op.opcode == _INPUT else 0
+        mask = bits[inputs[op.data[0]]] if op.opcode == _INPUT else 0
         for address in op.addr:
-            mask |= given.get(address, made[address])
+            mask |= bits[owners[address]] if address in owners else made[address]
         made.append(mask)
 
-    def allowed(name: str) -> int:
-        reads = 0
-        for source in net[name].reads:
-            reads |= bits[source] if source in bits else allowed(source)
-        return reads
+    def read(name: str) -> set[str]:
+        """The opened tensors, and inputs, that an op reads."""
+        opened = [
+            {source} if isinstance(net[source], Input) or source in places else read(source)
+            for source in net[name].reads
+        ]
+        return set().union(*opened)
 
-    outputs = 0
-    for name in net.outputs:
-        outputs |= allowed(name)
-    read = [made[n] & ~allowed(name) for name, place in places.items() for n in place.numbers[place.held]]
-    return not any([*read, *(made[n] & ~outputs for n in program.out_idxs if n >= 0)])
+    def other(name: str) -> int:
+        """All but those."""
+        allowed = read(name)
+        return sum(bit for owned, bit in bits.items() if not owned & allowed)
+
+    outputs = np.split(np.array(program.out_idxs), np.cumsum([int(np.prod(net.shapes[n])) for n in net.outputs])[:-1])
+    values = [(name, place.numbers[place.held]) for name, place in places.items()]
+    values += [(name, part[part >= 0]) for name, part in zip(net.outputs, outputs, strict=True)]
+    return not any(made[n] & mask for name, numbers in values for mask in [other(name)] for n in numbers.tolist())
 
 
 class OpenedProgram:
@@ -144,13 +152,15 @@ class OpenedProgram:
     def takes(self, codes: Mapping[str, Codes]) -> dict[str, Codes]:
         """The nearest codes that the words of the program hold; elements that are one value have one code."""
         taken = {op.name: codes[op.name] for op in self.net.inputs}
+        count = len(next(iter(codes.values())))
+        held = np.zeros((count, len(self._numbers)), np.int64)
+        for name, place in reversed([*self.places.items()]):  # of one value's codes those of the first element stay
+            at = np.searchsorted(self._numbers, place.numbers[place.held])
+            held[:, at[::-1]] = codes[name].reshape(count, -1)[:, place.held][:, ::-1]
+        held = np.clip(np.rint(held / self._steps) * self._steps, self._lo, self._hi).astype(np.int64)
         for name, place in self.places.items():
-            rows = np.where(place.numbers == _CONSTANT, place.constants, codes[name].reshape(len(codes[name]), -1))
-            numbers, first, of = np.unique(place.numbers[place.held], return_index=True, return_inverse=True)
-            at = np.searchsorted(self._numbers, numbers)
-            near = np.rint(rows[:, place.held][:, first] / self._steps[at]) * self._steps[at]
-            near = np.clip(near, self._lo[at], self._hi[at]).astype(np.int64)
-            rows[:, place.held] = near[:, of.ravel()]
+            rows = np.where(place.numbers == _CONSTANT, place.constants, codes[name].reshape(count, -1))
+            rows[:, place.held] = held[:, np.searchsorted(self._numbers, place.numbers[place.held])]
             taken[name] = rows.reshape(codes[name].shape)
         return taken
 
