@@ -45,7 +45,7 @@ results: bench
 	$(BIN)/python benchmarks/estimates.py build/results/digits_tiny_cnn build/results/magic_mlp build/results/pendigits_mlp
 	$(BIN)/python benchmarks/frontier.py pendigits_shallow --luts 4000 2600 1700 --no-yosys
 	$(BIN)/python benchmarks/frontier.py mnist14_wide --luts 14000 --no-yosys
-	$(BIN)/python benchmarks/frontier.py mnist14_mlp --luts 6000 --seeds 5 --no-yosys
+	$(BIN)/python benchmarks/frontier.py mnist14_mlp --luts 6000 3000 --no-yosys
 	$(BIN)/python benchmarks/methods.py pendigits_mlp letter_mlp --rates 6 8 10 12 14 --seeds 5
 	$(BIN)/python benchmarks/options.py pendigits_mlp letter_mlp --seeds 5
 	$(BIN)/python benchmarks/dead.py digits_mlp pendigits_mlp letter_mlp magic_mlp --seeds 5

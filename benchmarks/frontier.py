@@ -100,7 +100,7 @@ def page(rows: list[Row]) -> str:
         "## Under a bound on logic",
         "",
         "Made by `python benchmarks/frontier.py pendigits_shallow --luts 4000 2600 1700 --no-yosys` and",
-        "the same of `mnist14_wide --luts 14000` and of `mnist14_mlp --luts 6000 --seeds 5`; two cores of x86-64.",
+        "the same of `mnist14_wide --luts 14000` and of `mnist14_mlp --luts 6000 3000`; two cores of x86-64.",
         "",
         "| task | LUTs asked | seeds | R_w | zeros % | test % | alkaid LUT | Yosys LUT / CARRY4 / FF |",
         "|---|---|---|---|---|---|---|---|",

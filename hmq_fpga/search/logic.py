@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -20,6 +21,7 @@ from hmq_fpga.search.target import Target, rate_bound
 STARTS = ((13.0, 4), (10.0, 4), (8.0, 4), (8.0, 5), (8.0, 6), (6.0, 8), (4.0, 8))  # R_w, bits of activations
 ROOM = 1.7  # by which a start exceeds the bound: larger thresholds and training alone take out a third of the logic
 FIRST_BITS = 3  # for which a start leaves room in weights of inputs: no later layer makes up for what two bits lose
+FEW = 0.1  # of all weights: so many of outputs get the widest, which costs few bits, and are pruned last
 ZEROS = 0.5  # that larger thresholds make before anything is pruned
 
 
@@ -42,27 +44,36 @@ def check_least(model: QModel, target: Target) -> None:
             )
 
 
-def start(model: QModel, target: Target) -> Target:
+def start(model: QModel, target: Target, *, mixed: bool = True) -> Target:
     """The target with rates whose network costs more than its bound on LUTs or EBOPs, if it gives none itself.
 
     Of `STARTS`, as far as the target's bit-widths reach, the first with room enough, with the float weights at one
     bit-width and LUTs by the formula; else the last. Those come first that can give weights of inputs `FIRST_BITS`
-    where all others have two. No data are read.
+    where all others have two. Weights of outputs get the widest bit-width where they are few: each is worth more than
+    one of an input, and pruning, which goes by steps, then leaves more of them. No data are read.
+
+    Args:
+        model: the instrumented network.
+        target: what is asked for.
+        mixed: whether weights may have different bit-widths.
     """
     if target.bounded or not target.pruned:
         return target
+    if mixed and (few := _few_of_outputs(model)):
+        widest = {name: bits[-1:] for name, bits in target.choices(model).items() if name in few}
+        target = replace(target, tensor_bits={**widest, **target.tensor_bits})
     least, most = target.reach(model, rate_bound(model, 1.0))
-    highest = _highest_rate(model)
-    for wanted, activation_bits in STARTS:
-        if wanted > highest:
-            continue
+    widths = {name: bits[0] for name, bits in target.choices(model).items() if len(bits) == 1}
+    highest = _highest_rate(model, widths)
+    starts = [s for s in STARTS if s[0] <= highest]
+    for wanted, activation_bits in [(highest, STARTS[0][1]), *starts] if widths else starts:
         rate, bits = min(max(wanted, least), most), min(activation_bits, target.max_activation_bits)
         started = replace(target, weight_rate=rate, max_activation_bits=bits)
         weights = {
             name: least_error_format(
                 weight,
                 signed=True,
-                bits=int(FLOAT_BITS / rate),
+                bits=widths.get(name, int(FLOAT_BITS / rate)),
                 max_threshold_log2=least_threshold_log2(float(weight.detach().abs().max())),
             )
             for name, weight in model.weights.items()
@@ -73,11 +84,29 @@ def start(model: QModel, target: Target) -> Target:
     return started
 
 
-def _highest_rate(model: QModel) -> float:
-    """R_w with `FIRST_BITS` for weights of inputs and two bits for all others."""
+def _few_of_outputs(model: QModel) -> set[str]:
+    """The weights that no other weight comes after, if they are `FEW` of all."""
+    sources = {node.name: node.sources for node in model.nodes}
+    found: set[str] = set()
+    visited: set[str] = set()
+    left = [model.nodes[-1].name]
+    while left:
+        if (name := left.pop()) in model.weight_sites:
+            found.add(model.weight_sites[name])
+        elif name not in visited:
+            visited.add(name)
+            left += sources.get(name, ())
+    sizes = {name: weight.numel() for name, weight in model.weights.items()}
+    return found if sum(sizes[name] for name in found) <= FEW * sum(sizes.values()) else set()
+
+
+def _highest_rate(model: QModel, widths: Mapping[str, int]) -> float:
+    """R_w with `FIRST_BITS` for weights of inputs and two bits for all others, but for those whose width is given."""
     weights = model.weights
     first = {
         model.weight_sites[name] for name, source in model.multiplied.items() if model.origin(source) in model.inputs
     }
-    bits = sum(weight.numel() * (FIRST_BITS if site in first else 2) for site, weight in weights.items())
+    bits = sum(
+        weight.numel() * widths.get(site, FIRST_BITS if site in first else 2) for site, weight in weights.items()
+    )
     return FLOAT_BITS * sum(weight.numel() for weight in weights.values()) / bits

@@ -73,14 +73,16 @@ def test_every_method_leaves_room_for_what_pruning_keeps(bound, most, method, ml
     assert 0.8 * most <= {"luts": traced_luts, "ebops": cost.ebops}[bound](net) <= most
 
 
-@pytest.mark.parametrize(("most", "rate", "bits"), [(1500, 10, 4), (1e6, 4, 8)])
+@pytest.mark.parametrize(("most", "rate", "bits"), [(1500, 32 * 2720 / (2048 * 3 + 512 * 2 + 160 * 8), 4), (1e6, 4, 8)])
 def test_a_search_under_a_bound_on_logic_starts_where_there_is_something_to_prune(most, rate, bits, mlp, digits):
     model = instrument(mlp, digits.input_shape, input_signed=False)
     started = start(model, Target(luts=most))
     assert (started.weight_rate, started.max_activation_bits, started.luts) == (rate, bits, most)
-    assert start(model, Target(luts=most, bits=(4, 8))).weight_rate == min(rate, 8)
+    assert started.choices(model)["linear_6.weight"] == (8,) != started.choices(model)["linear_4.weight"]
+    equal = start(model, Target(luts=most, bits=(4, 8)), mixed=False)
+    assert equal.weight_rate == min(rate, 8) and not equal.tensor_bits
     wide = start(model, Target(luts=most, tensor_bits={"linear_0.weight": (6, 8)}))
-    assert wide.weight_rate == pytest.approx(min(rate, 32 * 2720 / (2048 * 6 + 672 * 2)))
+    assert wide.weight_rate == pytest.approx(min(rate, 32 * 2720 / (2048 * 6 + 512 * 2 + 160 * 8)))
     wide.check(model)
     own = Target(luts=most, weight_rate=8)
     assert start(model, own) is own
