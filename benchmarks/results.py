@@ -123,9 +123,8 @@ def page(rows: list[dict[str, Any]]) -> str:
     lines = [
         "R_a = 4, test split; mean and standard deviation over seeds. The last column counts output codes of QKeras,",
         "csim and, where the network was traced, RTL, on the whole split, but of `resnet8_cifar` on its first 1,000",
-        "samples. Tasks of three seeds and no bits · MACs were trained without label smoothing, as",
-        "`--label-smoothing 0` does. Of `tanh_policy`, a regression, percentages are of R². Made by",
-        "`python benchmarks/results.py`.",
+        "samples; it has three seeds, and was trained without label smoothing, as `--label-smoothing 0` does. Of",
+        "`tanh_policy`, a regression, percentages are of R². Made by `python benchmarks/results.py`.",
         "",
         "| task | R_w asked | seeds | actual | float % | QNet % | difference | bits · MACs | LUT (trace) "
         "| values that differ |",
