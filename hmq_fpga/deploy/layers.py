@@ -46,7 +46,7 @@ def layer_codes(net: QNet) -> Given | None:
     if sum(_entries(net, op) for op in net.ops) > LARGEST:
         return None
     rng = np.random.default_rng(3)
-    drawn = {op.name: _drawn(net, op, rng) for op in net.ops if not _moves(op)}
+    drawn = {op.name: _drawn(net, op, rng) for op in net.ops if not moves(op)}
     driven = [codes for op in net.ops if isinstance(op, _AFFINE) for codes in _driven(net, op)]
     for name, codes in drawn.items():
         others = codes[rng.integers(EVEN, size=len(driven))]
@@ -56,7 +56,7 @@ def layer_codes(net: QNet) -> Given | None:
     return drawn
 
 
-def _moves(op: Op) -> bool:
+def moves(op: Op) -> bool:
     """Whether it computes nothing."""
     return isinstance(op, Pad | Upsample | Flatten | Gather | Concat)
 
@@ -104,7 +104,7 @@ def _entries(net: QNet, op: Op) -> int:
 
 def _read(net: QNet, op: Op) -> list[str]:
     """The computed tensors whose values an op reads, moved or not."""
-    names = [inner for name in op.reads for inner in (_read(net, net[name]) if _moves(net[name]) else [name])]
+    names = [inner for name in op.reads for inner in (_read(net, net[name]) if moves(net[name]) else [name])]
     return list(dict.fromkeys(names))
 
 

@@ -17,7 +17,7 @@ from hmq_fpga.deploy.rtl.trace import Interpreter, trace
 from hmq_fpga.ir import reference
 from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.ir.network import QNet
-from hmq_fpga.ir.ops import Dense, Input, Quantize
+from hmq_fpga.ir.ops import Dense, Gather, Input, Quantize
 from tests.deploy.networks import Builder, scheme
 
 
@@ -179,3 +179,16 @@ def test_equal_channels_have_one_code():
 def test_an_input_is_its_own_format():
     net = QNet((Input(name="x", shape=(2,), format=Fixed(signed=True, width=4, frac=1)),))
     assert set(np.unique(layer_codes(net)["x"])) == set(range(-8, 8))
+
+
+def test_what_only_moves_values_is_not_given():
+    """Half of what a layer makes, put out, is in the program, but nothing that a layer computes."""
+    builder = Builder((4,), scheme(signed=True, bits=4, m=0)).dense("fc1", 4, scheme(signed=True, bits=3, m=0))
+    builder._add(Gather, "some", index=np.array([2, 0]), fill=0)
+    builder.quantize("relu", scheme(signed=False, bits=4, m=0), source="fc1").dense(
+        "fc2", 2, scheme(signed=True, bits=3, m=0)
+    )
+    net = QNet(tuple(builder.ops), ("some", "fc2"))
+    interpreter = Interpreter(net=net, program=trace(net))
+    found, given, _ = compare_layers(net, interpreter, layer_codes(net))
+    assert found.mismatches == 0 and "some" not in given and "relu" in given

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hmq_fpga.deploy.layers import moves
 from hmq_fpga.deploy.parity import to_codes
 from hmq_fpga.deploy.proof.forms import Forms, Value
 from hmq_fpga.deploy.proof.network import input_forms, network_forms
@@ -48,7 +49,7 @@ Places = Mapping[str, Place]
 
 
 def find_places(net: QNet, program: Any) -> dict[str, Place]:
-    """The tensors of which no element is more than one value of the program, by op.
+    """The computed tensors of which no element is more than one value of the program, by op.
 
     Without those that what comes after them reads past: it may have an element in another form.
     """
@@ -60,7 +61,7 @@ def find_places(net: QNet, program: Any) -> dict[str, Place]:
     places: dict[str, Place] = {}
     inputs = {number for number, op in enumerate(program.ops) if op.opcode == _INPUT}
     for name, tensor in network_forms(net, forms).items():
-        if isinstance(net[name], Input) or (place := _place(tensor.ravel(), numbers)) is None:
+        if isinstance(net[name], Input) or moves(net[name]) or (place := _place(tensor.ravel(), numbers)) is None:
             continue
         used = set(place.numbers[place.held].tolist())
         if used and not used & inputs and _separate(net, program, {**places, name: place}):
