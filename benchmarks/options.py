@@ -42,7 +42,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "`weight_decay: 0.1`": {"weight_decay": 0.1},
     "`headroom: 1`": {"headroom": 1},
     "`activation_widths: learnt`": {"activation_widths": "learnt"},
-    "`leftover: given`": {"leftover": "given"},
 }
 LONGER = f"{PAPER}, {STEPS} times the steps"  # about as long as `noise: slice` takes
 

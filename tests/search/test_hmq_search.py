@@ -164,22 +164,3 @@ def test_noise_of_slices_averages_to_the_distribution(mlp, digits):
         instrumented(mlp, digits), digits, Budget(search_steps=STEPS), TARGET, options=options, seed=SEED
     )
     assert 10 <= cost.weight_rate(scheme) <= 11
-
-
-def test_bits_that_are_left_over_may_be_given(mlp, digits, monkeypatch):
-    """No width shrinks, the promise holds, and more of the bits that it allows is used; without, nothing changes."""
-    target, given = Target(weight_rate=7.4, activation_rate=8), {}
-    for leftover in ("kept", "given"):
-        model = instrumented(mlp, digits)
-        search = hmq.HmqSearch(model, target, STEPS, task=digits, options=HmqOptions(leftover=leftover))
-        narrow = {
-            name: f.narrowed(4) if name in model.weights else f for name, f in search.formats().items()
-        }  # R_w = 8
-        monkeypatch.setattr(search, "formats", lambda narrow=narrow: narrow)
-        given[leftover] = search.finish()
-    assert cost.weight_rate(given["kept"]) == 8 and "repaired" not in given["kept"].found_by
-    assert 7.4 <= cost.weight_rate(given["given"]) < 8
-    for tensor in given["kept"].tensors:
-        assert given["given"][tensor.name].format.width >= tensor.format.width
-    with pytest.raises(InvalidInput, match="leftover 'all': choose from kept, given"):
-        HmqOptions(leftover="all")

@@ -48,7 +48,6 @@ INITIAL_RATE = 4.0
 Expectation = Literal["gumbel", "softmax"]
 Noise = Literal["tensor", "slice"]
 ActivationWidths = Literal["given", "learnt"]
-Leftover = Literal["kept", "given"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +69,6 @@ class HmqOptions:
         headroom: octaves from M to the largest threshold of a weight; the authors' code has one.
         activation_widths: those that R_a gives each tensor (Eq. 11), or learnt as those of weights are, from one bit to
             the most that the target allows, of as many bits together as Eq. 11 would give all.
-        leftover: bits within the bounds that the largest logits leave: kept, as in the paper, or given to the tensors
-            that gain most by them, as a repair takes them. Where few tensors hold most weights, that may be much.
         keep: the last weights and formats, or those that were best on validation data of all within the bounds, once
             the targets have risen.
     """
@@ -85,7 +82,6 @@ class HmqOptions:
     weight_decay: float = 0.0
     headroom: int = 0
     activation_widths: ActivationWidths = "given"
-    leftover: Leftover = "kept"
     keep: Keep = "last"
 
     def __post_init__(self) -> None:
@@ -93,7 +89,6 @@ class HmqOptions:
             ("expected_bits", Expectation),
             ("noise", Noise),
             ("activation_widths", ActivationWidths),
-            ("leftover", Leftover),
             ("keep", Keep),
         ):
             if (given := getattr(self, name)) not in get_args(kind):
@@ -337,19 +332,13 @@ class HmqSearch(nn.Module):
         given = {site.name: formats[site.name] for site in self._activations}
         learnt = self._options.activation_widths == "learnt"
         bounds = self._bounds if learnt else self.target.bounds(self.model, given)
-        met = meets({name: f.width for name, f in formats.items()}, bounds)
-        if met and self._options.leftover == "kept":
+        if meets({name: f.width for name, f in formats.items()}, bounds):
             return formats, {}
         candidates = weight_candidates(self.model, self.target, self._limits)
         if learnt:
             candidates |= {name: {bits: formats[name].narrowed(bits) for bits in self._choices[name]} for name in given}
         for name, formats_of in candidates.items():
             formats_of[formats[name].width] = formats[name]
-        if met:
-            candidates = {
-                name: {bits: f for bits, f in formats_of.items() if bits >= formats[name].width}
-                for name, formats_of in candidates.items()
-            }
         repaired = cheapest(candidates, rises(self.model, self._task, formats, candidates), bounds)
         changes = {n: [formats[n].width, f.width] for n, f in repaired.items() if f.width != formats[n].width}
         return {**formats, **repaired}, changes
