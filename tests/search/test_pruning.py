@@ -127,3 +127,11 @@ def test_what_was_pruned_stays_zero(mlp, digits):
     shares = [np.mean([float(mask.double().mean()) for mask in now.values()]) for now in zeros]
     assert shares[0] == 0
     assert shares[100] < shares[170] <= shares[-1]
+
+
+@pytest.mark.parametrize("method", ["msqe", "pot_gradient"])
+def test_one_width_for_all_weights_is_kept_under_a_bound_on_logic(method, mlp, digits, budget):
+    """Though weights of outputs, where they are few, would get the widest."""
+    model = instrument(mlp, digits.input_shape, input_signed=False)
+    _, scheme, _ = find_scheme(model, digits, budget, Target(luts=2000), method=method, options={"widths": "uniform"})
+    assert len({tensor.format.width for tensor in scheme.of_kind("weight")}) == 1

@@ -104,7 +104,7 @@ def find_scheme(
     check_budget(method, budget)
     target.check(model)
     check_least(model, target)
-    started = start(model, target, mixed=method != "uniform")
+    started = start(model, target, mixed=getattr(settings, "widths", "mixed") == "mixed")
     model, scheme, history = METHODS[method].function(
         model, task, budget, started, settings, seed=seed, listener=listener, checkpoint=checkpoint
     )

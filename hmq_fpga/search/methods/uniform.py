@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from hmq_fpga.ir.errors import InvalidInput
 from hmq_fpga.ir.fixed import Fixed
@@ -11,6 +11,7 @@ from hmq_fpga.ir.scheme import Scheme
 from hmq_fpga.search.calibrate import least_error_formats, max_thresholds_log2, scheme_of
 from hmq_fpga.search.checkpoint import Checkpoint
 from hmq_fpga.search.graph import QModel
+from hmq_fpga.search.methods.widths import Widths
 from hmq_fpga.search.target import Target
 from hmq_fpga.search.train import Budget, History, Listener, Task
 
@@ -24,8 +25,10 @@ class UniformOptions:
     Attributes:
         threshold: `least_error`, the power of two of least squared quantization error; `maximum`, the least
             power of two that clips nothing.
+        widths: one for all weights, which is no option here.
     """
 
+    widths: ClassVar[Widths] = "uniform"
     threshold: Rule = "least_error"
 
     def __post_init__(self) -> None:
