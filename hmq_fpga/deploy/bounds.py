@@ -9,7 +9,7 @@ give a bound by weak duality, and that is computed in integers.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -35,6 +35,7 @@ from hmq_fpga.ir.ops import (
     Quantize,
     Ranges,
     Scale,
+    Shape,
     Subtract,
     Upsample,
 )
@@ -188,17 +189,12 @@ class Relaxation:
         return Affine(matrix, np.zeros(size, np.int64))
 
     def _mapped(self, op: Op) -> Affine:
-        """An affine op, by what it makes of nothing and of single ones."""
-        sources = self.net.sources(op)
-        zeros = [np.zeros((1, *source.shape), np.int64) for source in sources]
-        constant = op.run(sources, zeros)[0].ravel()
-        n = len(self.lo)
+        """An affine op, by what it makes of what it reads."""
+        sources, n = self.net.sources(op), len(self.lo)
+        constant, matrices = affine_parts(lambda codes: op.run(sources, codes), [source.shape for source in sources])
         total, parts = constant.copy(), csr_matrix((len(constant), n), dtype=np.int64)
-        for i, (name, source) in enumerate(zip(op.reads, sources, strict=True)):
-            size = math.prod(source.shape)
-            ones = np.eye(size, dtype=np.int64).reshape(size, *source.shape)
-            given = [ones if j == i else zero.repeat(size, 0) for j, zero in enumerate(zeros)]
-            jacobian = csr_matrix((op.run(sources, given).reshape(size, -1) - constant).T)
+        for name, matrix in zip(op.reads, matrices, strict=True):
+            jacobian = csr_matrix(matrix.T)
             read = self.tensors[name]
             total += jacobian @ read.constant
             parts += jacobian @ _widened(read.matrix, n)
@@ -280,6 +276,29 @@ class Relaxation:
         places = [grids[d] * op.stride[d] + grids[dims + 1 + d] for d in range(dims)]
         flat = np.ravel_multi_index((*places, grids[dims]), (*spatial, channels))
         return flat.reshape(math.prod(positions) * channels, -1)
+
+
+def affine_parts(function: Callable[[list[Codes]], Codes], shapes: Sequence[Shape]) -> tuple[Codes, Iterator[Codes]]:
+    """What an affine function is, by what it makes of nothing and of single ones.
+
+    Args:
+        function: of batches, one for each shape.
+        shapes: of one sample of each argument.
+
+    Returns:
+        its constant `(values,)`, and for each argument in turn the matrix `(values of it, values)`.
+    """
+    zeros = [np.zeros((1, *shape), np.int64) for shape in shapes]
+    constant = function(zeros).ravel()
+
+    def matrices() -> Iterator[Codes]:
+        for i, shape in enumerate(shapes):
+            size = math.prod(shape)
+            ones = np.eye(size, dtype=np.int64).reshape(size, *shape)
+            given = [ones if j == i else zero.repeat(size, 0) for j, zero in enumerate(zeros)]
+            yield function(given).reshape(size, -1) - constant
+
+    return constant, matrices()
 
 
 def _matrix(rows: list[dict[int, int]], variables: int) -> csr_matrix:

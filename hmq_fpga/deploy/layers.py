@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
+from hmq_fpga.deploy.bounds import affine_parts
 from hmq_fpga.ir.fixed import Codes
 from hmq_fpga.ir.network import QNet
 from hmq_fpga.ir.ops import (
@@ -117,14 +118,10 @@ def _made(net: QNet, op: Op, given: Given) -> Codes:
 def _driven(net: QNet, op: Op) -> Iterator[Given]:
     """Codes of what an affine op reads that drive one of its sums to the largest, and one to the least, there is."""
     names = _read(net, op)
-    zeros = {name: np.zeros((1, *net.shapes[name]), np.int64) for name in names}
-    constant = _made(net, op, zeros).ravel()
-    ends, weights = {name: _ends(net, name) for name in names}, {}
-    for name in names:
-        size = math.prod(net.shapes[name])
-        ones = np.eye(size, dtype=np.int64).reshape(size, *net.shapes[name])
-        given = {other: ones if other == name else zero.repeat(size, 0) for other, zero in zeros.items()}
-        weights[name] = _made(net, op, given).reshape(size, -1) - constant
+    constant, matrices = affine_parts(
+        lambda codes: _made(net, op, dict(zip(names, codes, strict=True))), [net.shapes[name] for name in names]
+    )
+    ends, weights = {name: _ends(net, name) for name in names}, dict(zip(names, matrices, strict=True))
     for sign in (1, -1):
         most = sign * constant
         for name, (lo, hi) in ends.items():

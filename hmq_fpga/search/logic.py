@@ -21,7 +21,7 @@ from hmq_fpga.search.target import Target, rate_bound
 STARTS = ((13.0, 4), (10.0, 4), (8.0, 4), (8.0, 5), (8.0, 6), (6.0, 8), (4.0, 8))  # R_w, bits of activations
 ROOM = 1.7  # by which a start exceeds the bound: larger thresholds and training alone take out a third of the logic
 FIRST_BITS = 3  # for which a start leaves room in weights of inputs: no later layer makes up for what two bits lose
-FEW = 0.1  # of all weights: so many of outputs get the widest, which costs few bits, and are pruned last
+FEW = 0.1  # of all weights: so many of outputs get the widest, which costs few bits, and fewer are pruned
 ZEROS = 0.5  # that larger thresholds make before anything is pruned
 
 
@@ -49,8 +49,9 @@ def start(model: QModel, target: Target, *, mixed: bool = True) -> Target:
 
     Of `STARTS`, as far as the target's bit-widths reach, the first with room enough, with the float weights at one
     bit-width and LUTs by the formula; else the last. Those come first that can give weights of inputs `FIRST_BITS`
-    where all others have two. Weights of outputs get the widest bit-width where they are few: each is worth more than
-    one of an input, and pruning, which goes by steps, then leaves more of them. No data are read.
+    where all others have two; where the width of some weights is given, that rate itself is the first. Weights of
+    outputs get the widest bit-width where they are few: each is worth more than one of an input, and pruning, which
+    goes by steps, then leaves more of them. No data are read.
 
     Args:
         model: the instrumented network.

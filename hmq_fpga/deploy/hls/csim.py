@@ -62,9 +62,10 @@ class Library:
         Args:
             inputs: values `(batch, *input shape)`.
             tensors: that `add_hooks` was given.
-            given: values `(batch, *shape)` of some of them by op name, that are read in the place of what was made.
+            given: values `(batch, *shape)`, contiguous, of some of them by op name, that are read in the place of what
+                was made.
         """
-        given = {op: np.ascontiguousarray(array) for op, array in (given or {}).items()}
+        given = given or {}
         observed = {t.op: t for t in tensors}
         values = {t.op: np.zeros((len(inputs[0]), *t.shape)) for t in tensors}
         outputs = [np.zeros(shape) for shape in self.ports]

@@ -17,7 +17,7 @@ from hmq_fpga.deploy.layers import moves
 from hmq_fpga.deploy.parity import to_codes
 from hmq_fpga.deploy.proof.forms import Forms, Value
 from hmq_fpga.deploy.proof.network import input_forms, network_forms
-from hmq_fpga.deploy.proof.program import program_values
+from hmq_fpga.deploy.proof.program import program_forms
 from hmq_fpga.ir import reference
 from hmq_fpga.ir.fixed import Codes
 from hmq_fpga.ir.network import QNet
@@ -54,7 +54,7 @@ def find_places(net: QNet, program: Any) -> dict[str, Place]:
     Without those that what comes after them reads past: it may have an element in another form.
     """
     forms = Forms()
-    values = program_values(program, input_forms(net, forms), forms)
+    values = program_forms(program, input_forms(net, forms), forms).values
     numbers: dict[Any, list[int]] = {}
     for number, value in enumerate(values):
         numbers.setdefault(value.key, []).append(number)

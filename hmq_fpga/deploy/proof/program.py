@@ -19,10 +19,12 @@ class ProgramForms:
     """What a program computes.
 
     Attributes:
+        values: each of its values.
         outputs: its outputs in a row.
         overflows: one line for each value that is not shown to fit its word.
     """
 
+    values: list[Value]
     outputs: list[Value]
     overflows: list[str]
 
@@ -37,15 +39,7 @@ def program_forms(program: Any, inputs: Sequence[Value], forms: Forms) -> Progra
         value = reader.values[index] if index >= 0 else forms.constant(0)
         value = forms.shifted(value, int(shift))
         outputs.append(forms.sum([(value, -1)]) if negative else value)
-    return ProgramForms(outputs, reader.overflows)
-
-
-def program_values(program: Any, inputs: Sequence[Value], forms: Forms) -> list[Value]:
-    """The form of every value of a program, from those of its inputs."""
-    reader = _Reader(program, inputs, forms)
-    for number, op in enumerate(program.ops):
-        reader.take(number, op)
-    return reader.values
+    return ProgramForms(reader.values, outputs, reader.overflows)
 
 
 class _Reader:
