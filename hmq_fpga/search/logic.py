@@ -19,6 +19,8 @@ from hmq_fpga.search.quantizers import least_threshold_log2
 from hmq_fpga.search.target import Target, rate_bound
 
 STARTS = ((13.0, 4), (10.0, 4), (8.0, 4), (8.0, 5), (8.0, 6), (6.0, 8), (4.0, 8))  # R_w, bits of activations
+TIGHT = 5.5  # times the bound: where even three bits cost more, activations get no more, and more weights are left
+TIGHT_BITS = 3
 ROOM = 1.7  # by which a start exceeds the bound: larger thresholds and training alone take out a third of the logic
 FIRST_BITS = 3  # for which a start leaves room in weights of inputs: no later layer makes up for what two bits lose
 FEW = 0.1  # of all weights: so many of outputs get the widest, which costs few bits, and fewer are pruned
@@ -35,7 +37,7 @@ def check_least(model: QModel, target: Target) -> None:
             parameter.zero_()
         for weight in least.weights.values():
             weight.copy_(torch.arange(weight.numel()).view_as(weight) == 0)
-    bits = {name: min(width, STARTS[0][1]) for name, width in target.activation_bits(model).items()}
+    bits = {name: min(width, TIGHT_BITS) for name, width in target.activation_bits(model).items()}
     net = outline(least, {**dict.fromkeys(model.weights, 2), **bits})
     for name, most, of in (("LUTs", target.luts, luts), ("EBOPs", target.ebops, ebops)):
         if most is not None and most < (needed := of(net)):
@@ -51,7 +53,8 @@ def start(model: QModel, target: Target, *, mixed: bool = True) -> Target:
     bit-width and LUTs by the formula; else the last. Those come first that can give weights of inputs `FIRST_BITS`
     where all others have two; where the width of some weights is given, that rate itself is the first. Weights of
     outputs get the widest bit-width where they are few: each is worth more than one of an input, and pruning, which
-    goes by steps, then leaves more of them. No data are read.
+    goes by steps, then leaves more of them. Where most will have to be pruned, activations get `TIGHT_BITS`. No data
+    are read.
 
     Args:
         model: the instrumented network.
@@ -67,7 +70,10 @@ def start(model: QModel, target: Target, *, mixed: bool = True) -> Target:
     widths = {name: bits[0] for name, bits in target.choices(model).items() if len(bits) == 1}
     highest = _highest_rate(model, widths)
     starts = [s for s in STARTS if s[0] <= highest]
-    for wanted, activation_bits in [(highest, STARTS[0][1]), *starts] if widths else starts:
+    if widths:
+        starts = [(highest, STARTS[0][1]), *starts]
+    tight = (starts[0][0], TIGHT_BITS, TIGHT)
+    for wanted, activation_bits, room in [tight, *((*given, ROOM) for given in starts)]:
         rate, bits = min(max(wanted, least), most), min(activation_bits, target.max_activation_bits)
         started = replace(target, weight_rate=rate, max_activation_bits=bits)
         weights = {
@@ -80,7 +86,7 @@ def start(model: QModel, target: Target, *, mixed: bool = True) -> Target:
             for name, weight in model.weights.items()
         }
         net = outline(copy.deepcopy(model), {**weights, **started.activation_bits(model)})
-        if luts(net) > ROOM * (target.luts or math.inf) or ebops(net) > ROOM * (target.ebops or math.inf):
+        if luts(net) > room * (target.luts or math.inf) or ebops(net) > room * (target.ebops or math.inf):
             break
     return started
 

@@ -31,6 +31,7 @@ WIDER = 3  # thresholds up to 2^3 times the one that was found
 EVENTS = 100  # at which weights are pruned, over the whole training
 PRUNED_BY = 0.6  # of the training: from here on the goal is reached
 MEASUREMENTS = 8  # of a goal whose size is estimated in between, and of what weights multiply
+PARTS = 4  # of what is too much at the end, by the exact measure, that are pruned one after another
 SAMPLES = 2048  # by which that is measured
 
 
@@ -190,9 +191,9 @@ class Pruning:
             self._prune(max(round(len(worth) * (1 - wanted / size)), 1), worth)
 
     def _finish(self) -> None:
-        """Prune until the exact measure keeps the goal."""
+        """Prune until the exact measure keeps the goal, bit by bit: a few weights may be enough."""
         while (size := self._measured()) > self._goal.most and len(worth := self._worth()):
-            self._prune(max(round(len(worth) * (1 - self._goal.most / size)), 1), worth)
+            self._prune(max(round(len(worth) * (1 - self._goal.most / size) / PARTS), 1), worth)
         if not self._tells():
             raise InvalidInput(
                 f"{self._goal.most:,.6g} {self._goal.name} are out of reach: pruned that far, no output depends on an "

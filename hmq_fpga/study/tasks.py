@@ -250,7 +250,7 @@ TASKS = {
         summary="196-64-10 on MNIST averaged to 14x14, for few LUTs",
         build=lambda: _mlp(196, 64, 10),
         load=lambda path: data.halved(data.load("mnist", path)),
-        budget=Budget(float_steps=15_000, search_steps=4000, finetune_steps=20_000),
+        budget=Budget(float_steps=15_000, search_steps=4000, finetune_steps=60_000),
     ),
     "mnist14_wide": Task(
         summary="196-128-10 on MNIST averaged to 14x14, for twice as many LUTs",

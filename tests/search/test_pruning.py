@@ -73,7 +73,10 @@ def test_every_method_leaves_room_for_what_pruning_keeps(bound, most, method, ml
     assert 0.8 * most <= {"luts": traced_luts, "ebops": cost.ebops}[bound](net) <= most
 
 
-@pytest.mark.parametrize(("most", "rate", "bits"), [(1500, 32 * 2720 / (2048 * 3 + 512 * 2 + 160 * 8), 4), (1e6, 4, 8)])
+HIGHEST = 32 * 2720 / (2048 * 3 + 512 * 2 + 160 * 8)
+
+
+@pytest.mark.parametrize(("most", "rate", "bits"), [(1500, HIGHEST, 3), (5000, HIGHEST, 4), (1e6, 4, 8)])
 def test_a_search_under_a_bound_on_logic_starts_where_there_is_something_to_prune(most, rate, bits, mlp, digits):
     model = instrument(mlp, digits.input_shape, input_signed=False)
     started = start(model, Target(luts=most))

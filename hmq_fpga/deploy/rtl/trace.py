@@ -85,7 +85,7 @@ _INPUT = -1  # opcode
 _PROGRAM = Path("model", "comb.json.gz")
 _HARDWARE = HWConfig(1, 1, -1)  # delays counted per bit of an adder and of its carry; no pipelining while tracing
 _SOLVER = {
-    "hard_dc": 5,  # levels of additions that a matrix product may use beyond the fewest possible
+    "hard_dc": 8,  # levels of additions that a matrix product may use beyond the fewest; 5 cost up to 11 % more LUTs
     "binary_lut": False,  # tables for sums of single bits: more LUTs, and wrong for signed bits
 }
 
@@ -206,7 +206,7 @@ def trace(net: QNet) -> CombLogic:
             tensors[op.name] = _apply(net, op, tensors)
     outputs = _aligned(net, net.outputs, tensors)
     joined = outputs[0] if len(outputs) == 1 else _concatenated([x.reshape(-1) for x in outputs])
-    return _simplify(trace_program(inputs, joined, optimize=False))
+    return simplify(trace_program(inputs, joined, optimize=False))
 
 
 def write_verilog(
@@ -321,7 +321,7 @@ def program_digest(folder: Path) -> str:
     return hashlib.sha256(gzip.decompress((folder / _PROGRAM).read_bytes())).hexdigest()
 
 
-def _simplify(program: CombLogic) -> CombLogic:
+def simplify(program: CombLogic) -> CombLogic:
     """The passes of alkaid's `optimize` but `canonicalize_msb_wraps`.
 
     That one, in 0.8.2, takes some single bits of a scaled value for its top bit.
