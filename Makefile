@@ -6,7 +6,7 @@ CORE := .venv-core/bin
 CXX_PROGRAM = $(or $(HMQ_FPGA_GXX),g++)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs bench results test test-core lint format clean compiler simulator browser environment environment-core
+.PHONY: help demo docs bench results test test-core lint format clean compiler simulator browser environment environment-core environment-hgq2
 
 help:
 	@echo "make demo    train, quantize, convert and verify a small network; ends with a report page"
@@ -39,15 +39,21 @@ bench: compiler environment
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/imagenet.py
 
-results: bench
+results: bench environment-hgq2
 	$(BIN)/python benchmarks/promise.py digits_mlp digits_cnn --seeds 5 --exact
 	$(BIN)/python benchmarks/results.py --seeds 5
 	$(BIN)/python benchmarks/estimates.py build/results/digits_tiny_cnn build/results/magic_mlp build/results/pendigits_mlp
-	$(BIN)/python benchmarks/frontier.py pendigits_shallow --luts 4000 2600 1700 --no-yosys
+	.venv-hgq2/bin/python benchmarks/hgq2.py pendigits_shallow --luts 4000 2600 1700
+	.venv-hgq2/bin/python benchmarks/hgq2.py mnist14_mlp --luts 6000 3000
+	$(BIN)/python benchmarks/frontier.py pendigits_shallow --luts 4000 2600 1700
+	$(BIN)/python benchmarks/frontier.py mnist14_mlp --luts 6000 3000
+	$(BIN)/python benchmarks/frontier.py letter_mlp --luts 20000 --no-yosys
+	$(BIN)/python benchmarks/frontier.py magic_mlp --luts 9000 4000 --no-yosys
 	$(BIN)/python benchmarks/frontier.py mnist14_wide --luts 14000 --no-yosys
-	$(BIN)/python benchmarks/frontier.py mnist14_mlp --luts 6000 3000 --no-yosys
 	$(BIN)/python benchmarks/methods.py pendigits_mlp letter_mlp --rates 6 8 10 12 14 --seeds 5
+	$(BIN)/python benchmarks/methods.py magic_mlp --methods hmq uniform --rates 8 12 14 --seeds 5
 	$(BIN)/python benchmarks/options.py pendigits_mlp letter_mlp --seeds 5
+	$(BIN)/python benchmarks/distill.py digits_mlp digits_tiny_cnn pendigits_mlp letter_mlp magic_mlp --seeds 5
 	$(BIN)/python benchmarks/dead.py digits_mlp pendigits_mlp letter_mlp magic_mlp --seeds 5
 	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python benchmarks/clock.py
@@ -91,3 +97,6 @@ environment:
 
 environment-core:
 	@.ci/environment .venv-core test $(PYTHON)
+
+environment-hgq2:
+	@.ci/environment .venv-hgq2 hgq2 $(PYTHON)

@@ -11,8 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from hmq_fpga.ir.scheme import Scheme
+from hmq_fpga.search.graph import QModel
+from hmq_fpga.search.methods import find_scheme
 from hmq_fpga.search.metrics import accuracy
-from hmq_fpga.search.train import Budget, Task, fit, predict
+from hmq_fpga.search.reading import instrument
+from hmq_fpga.search.target import Target
+from hmq_fpga.search.train import Budget, Distillation, Task, finetune, fit, predict
+from hmq_fpga.study.budgets import pruning
 from hmq_fpga.study.dataset import Dataset
 from hmq_fpga.study.tasks import TASKS, training_task
 
@@ -40,6 +46,23 @@ def baseline(name: str, seed: int, label_smoothing: float = 0.0) -> Baseline:
     fit(model, training, steps=budget.float_steps, learning_rate=budget.float_learning_rate, seed=seed)
     scores = predict(model, torch.from_numpy(dataset.x_test)).scores
     return Baseline(model, accuracy(scores, torch.from_numpy(dataset.y_test)), dataset, training, budget)
+
+
+def quantize(base: Baseline, target: Target, *, seed: int, distill: bool) -> tuple[QModel, Scheme]:
+    """Search by `hmq` and fine-tune, as `run` does."""
+    model, training, budget = base.model, base.training, base.budget
+    quantized = instrument(model, training.input_shape, input_signed=training.input_signed)
+    quantized, scheme, _ = find_scheme(quantized, training, budget, target, seed=seed)
+    finetune(
+        quantized,
+        training,
+        steps=budget.finetune_steps,
+        learning_rate=budget.learning_rate,
+        seed=seed,
+        shaping=pruning(quantized, target, training),
+        distillation=Distillation(teacher=model) if distill else None,
+    )
+    return quantized, scheme
 
 
 def fill(path: Path, wanted: Iterable[Row], measure: Callable[..., Row]) -> list[Row]:

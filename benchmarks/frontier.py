@@ -12,29 +12,28 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import Row, baseline, fill
+from common import Row, baseline, fill, quantize
 
 from hmq_fpga.deploy.parity import check
 from hmq_fpga.deploy.rtl.project import RtlProject
 from hmq_fpga.ir import cost
 from hmq_fpga.search.freeze import freeze
-from hmq_fpga.search.methods import find_scheme
-from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.target import Target
-from hmq_fpga.search.train import Distillation, evaluate, finetune
-from hmq_fpga.study.budgets import pruning
+from hmq_fpga.search.train import evaluate
 from hmq_fpga.study.data import channels_last
 from hmq_fpga.study.tasks import TASKS
 
 HERE = Path(__file__).parent
 ROWS = HERE / "frontier.json"
-PEERS = HERE / "hgq2.json"  # runs of HGQ2 0.2.0 on the same data, by the same alkaid and Yosys
-BITS_PER_WEIGHT = "HGQ2, bits per weight"
+PEERS = HERE / "hgq2.json"  # made by hgq2.py
+METHODS_ROWS = HERE / "methods.json"  # made by methods.py
+PLAIN = ("hmq", "uniform")  # methods that know of no bound on logic
 YOSYS = ("lut", "carry", "ff")
 SHOWN = {"pendigits": (95.6, 99.5), "mnist14": (92, 98.2)}  # accuracies in the figure
 
@@ -64,19 +63,10 @@ def main() -> None:
 
 
 def _measure(*, task: str, luts: float, steps: int, seed: int, yosys: bool) -> Row:
-    teacher, _, dataset, training, budget = baseline(task, seed)
-    target = Target(luts=luts)
-    quantized = instrument(teacher, training.input_shape, input_signed=training.input_signed)
-    quantized, scheme, _ = find_scheme(quantized, training, budget, target, seed=seed)
-    finetune(
-        quantized,
-        training,
-        steps=steps,
-        learning_rate=budget.learning_rate,
-        seed=seed,
-        shaping=pruning(quantized, target, training),
-        distillation=Distillation(teacher=teacher),
-    )
+    base = baseline(task, seed)
+    base = base._replace(budget=replace(base.budget, finetune_steps=steps))
+    dataset, training = base.dataset, base.training
+    quantized, scheme = quantize(base, Target(luts=luts), seed=seed, distill=True)
     net = freeze(quantized)
     with tempfile.TemporaryDirectory() as folder:
         project = RtlProject.create(net, Path(folder) / "rtl")
@@ -99,34 +89,99 @@ def page(rows: list[Row]) -> str:
     lines = [
         "## Under a bound on logic",
         "",
-        "Made by `python benchmarks/frontier.py pendigits_shallow --luts 4000 2600 1700 --no-yosys` and",
-        "the same of `mnist14_wide --luts 14000` and of `mnist14_mlp --luts 6000 3000`; two cores of x86-64.",
+        "Made by `python benchmarks/frontier.py pendigits_shallow --luts 4000 2600 1700`, the same of",
+        "`mnist14_mlp --luts 6000 3000` and, with `--no-yosys`, of `mnist14_wide --luts 14000`, of",
+        "`letter_mlp --luts 20000` and of `magic_mlp --luts 9000 4000`; two cores of x86-64.",
         "",
         "| task | LUTs asked | seeds | R_w | zeros % | test % | alkaid LUT | Yosys LUT / CARRY4 / FF |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    ours: dict[str, list[str]] = {name: [] for name in SHOWN}
+    beside: list[str] = []
     for task, luts in sorted({(row["task"], row["luts"]) for row in rows}, key=lambda key: (key[0], -key[1])):
         group = [row for row in rows if (row["task"], row["luts"]) == (task, luts)]
-        spread = 100 * np.std([row["test"] for row in group], ddof=min(len(group) - 1, 1))
-        test, alkaid = f"{100 * _mean(group, 'test'):.2f} ± {spread:.2f}", f"{_mean(group, 'alkaid_lut'):,.0f}"
-        seeds = len({row["seed"] for row in group})
         yosys = [f"{_mean(group, f'yosys_{name}'):,.0f}" for name in YOSYS if any(row["yosys"] for row in group)]
         lines.append(
-            f"| {task} | {luts:,.0f} | {seeds} | {_mean(group, 'actual'):.1f} "
-            f"| {100 * _mean(group, 'zero_weights'):.0f} | {test} | {alkaid} | {' / '.join(yosys) or '–'} |"
+            f"| {task} | {luts:,.0f} | {_seeds(group)} | {_mean(group, 'actual'):.1f} "
+            f"| {100 * _mean(group, 'zero_weights'):.0f} | {_told(group)} | {' / '.join(yosys) or '–'} |"
         )
-        data = next(name for name in SHOWN if task.startswith(name))
-        told = f"hmq_fpga, `{task} --luts {luts:.0f} --distill`, {seeds} seeds"
-        ours[data].append(f"| {data} | {told} | {test} | {alkaid} | {yosys[0] if yosys else '–'} |")
-    lines += ["", "## Beside HGQ2", "", "| data | | test % | alkaid LUT | Yosys LUT |", "|---|---|---|---|---|"]
-    for data in SHOWN:
-        for row in json.loads(PEERS.read_text()):
-            if row["data"] == data:
-                known = " | ".join(f"{lut:,}" if (lut := row[key]) else "–" for key in ("alkaid_lut", "yosys_lut"))
-                lines.append(f"| {data} | {row['what']} | {row['test']:g} | {known} |")
-        lines += ours[data]
+        if peers := _best(task, luts):
+            for what, found in ((f"hmq_fpga, `--luts {luts:.0f} --distill`", group), ("HGQ2", peers)):
+                beside.append(f"| {task} | {luts:,.0f} | {what} | {_seeds(found)} | {_told(found)} |")
+    lines += ["", "## Beside R_w alone", "", *_beside_rates(rows)]
+    lines += [
+        "",
+        "## Beside HGQ2",
+        "",
+        "| task | LUTs at most | | seeds | test % | alkaid LUT |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [*beside, "", "## HGQ2 by schedule", ""]
+    lines += [
+        "Made by `make environment-hgq2` and",
+        "`.venv-hgq2/bin/python benchmarks/hgq2.py pendigits_shallow --luts 4000 2600 1700`, and the same of",
+        "`mnist14_mlp --luts 6000 3000`; two cores of x86-64. Of how many seeds the front has a network with so few",
+        "LUTs, and the best of those on validation data; where no seed's has one there is no row.",
+        "",
+        "| task | LUTs at most | penalty | seeds | test % | alkaid LUT |",
+        "|---|---|---|---|---|---|",
+    ]
+    for key in dict.fromkeys((row["task"], row["luts"], row["schedule"]) for row in _peers()):
+        of_schedule = [row for row in _peers() if (row["task"], row["luts"], row["schedule"]) == key]
+        if group := [row for row in of_schedule if "refused" not in row]:
+            lines.append(
+                f"| {key[0]} | {key[1]:,.0f} | {key[2]} | {len(group)} of {len(of_schedule)} | {_told(group)} |"
+            )
     return "\n".join(lines) + "\n"
+
+
+def _beside_rates(rows: list[Row]) -> list[str]:
+    """Letters and the telescope's, beside what R_w alone gives."""
+    lines = [
+        "Made by `python benchmarks/methods.py` beside what stands above.",
+        "",
+        "| task | | seeds | test % | alkaid LUT |",
+        "|---|---|---|---|---|",
+    ]
+    plain = json.loads(METHODS_ROWS.read_text())
+    for task in ("letter_mlp", "magic_mlp"):
+        bounds = sorted({row["luts"] for row in rows if row["task"] == task}, reverse=True)
+        groups = {
+            f"`--luts {luts:.0f} --distill`": [row for row in rows if (row["task"], row["luts"]) == (task, luts)]
+            for luts in bounds
+        }
+        for method, rw in product(PLAIN, sorted({row["rw"] for row in plain if row["task"] == task})):
+            groups[f"`{method}`, R_w {rw:g}"] = [
+                {**row, "alkaid_lut": row["lut"]}
+                for row in plain
+                if (row["task"], row["method"], row["rw"]) == (task, method, rw)
+            ]
+        lines += [f"| {task} | {what} | {_seeds(of)} | {_told(of)} |" for what, of in groups.items() if of]
+    return lines
+
+
+def _peers() -> list[Row]:
+    """HGQ2's, by task, bound and schedule."""
+    rows: list[Row] = json.loads(PEERS.read_text())
+    return sorted(rows, key=lambda row: (row["task"], -row["luts"], row["schedule"], row["seed"]))
+
+
+def _best(task: str, luts: float) -> list[Row]:
+    """Of each of HGQ2's seeds the network under a bound that is best on validation data, over all schedules."""
+    found: dict[int, Row] = {}
+    for row in _peers():
+        if (row["task"], row["luts"]) == (task, luts) and "refused" not in row:
+            found[row["seed"]] = max(row, found.get(row["seed"], row), key=lambda row: row["validation"])
+    return list(found.values())
+
+
+def _seeds(rows: list[Row]) -> int:
+    return len({row["seed"] for row in rows})
+
+
+def _told(rows: list[Row]) -> str:
+    """Two cells: accuracy with its spread, and LUTs."""
+    spread = 100 * np.std([row["test"] for row in rows], ddof=min(len(rows) - 1, 1))
+    return f"{100 * _mean(rows, 'test'):.2f} ± {spread:.2f} | {_mean(rows, 'alkaid_lut'):,.0f}"
 
 
 def _mean(rows: list[Row], name: str) -> float:
@@ -148,10 +203,8 @@ def _draw(rows: list[Row], path: Path) -> None:
                 means = [np.mean(_points([row for row in of_task if row["luts"] == luts]), 1) for luts in asked]
                 (line,) = axes.plot(*zip(*means, strict=True), "-", label=f"--luts, {task}")
                 axes.plot(*_points(of_task), ".", color=line.get_color())
-            peers = [row for row in json.loads(PEERS.read_text()) if row["data"] == name and row["alkaid_lut"]]
-            found = [row for row in peers if row["what"].startswith(BITS_PER_WEIGHT) and row["test"] > SHOWN[name][0]]
-            shown = sorted((row["alkaid_lut"], row["test"]) for row in found)
-            axes.plot(*zip(*shown, strict=True), "k^--", label="HGQ2 0.2.0, bits per weight")
+            peers = [row for row in _peers() if row["task"].startswith(name) and "refused" not in row]
+            axes.plot(*_points(peers), "k^", markersize=4, alpha=0.6, label="HGQ2 0.2.0")
             axes.set(xscale="log", xlabel="LUTs (alkaid)", ylabel="test accuracy, %", ylim=SHOWN[name], title=name)
             axes.grid(alpha=0.3)
             axes.legend(fontsize="x-small", loc="lower right")

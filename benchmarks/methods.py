@@ -84,7 +84,8 @@ def page(rows: list[Row]) -> str:
     lines = [
         "Test split, mean and standard deviation over five seeds; seconds of search are processor time of one thread,",
         "LUTs the tracer's; two cores of x86-64. Made by",
-        "`python benchmarks/methods.py pendigits_mlp letter_mlp --rates 6 8 10 12 14 --seeds 5`.",
+        "`python benchmarks/methods.py pendigits_mlp letter_mlp --rates 6 8 10 12 14 --seeds 5`, and the same of",
+        "`magic_mlp --methods hmq uniform --rates 8 12 14`.",
     ]
     for task in dict.fromkeys(row["task"] for row in rows):
         of_task = [row for row in rows if row["task"] == task]
