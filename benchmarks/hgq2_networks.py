@@ -25,7 +25,7 @@ from hmq_fpga.study.tasks import TASKS, Task
 LEARNING_RATE = 5e-3
 CYCLES, DECAY = 10, 0.94  # of the learning rate of a ramp: restarts of a cosine, each lower than the one before
 RAMP = ((0.0, 1e-6), (0.1, 1e-6), (1.0, 2e-4))  # share of the epochs, penalty: constant, then exponential
-SOLVER = {"hard_dc": 8}  # as ours
+SOLVER = {"hard_dc": 6}  # as ours
 
 
 class Front:

@@ -85,7 +85,7 @@ _INPUT = -1  # opcode
 _PROGRAM = Path("model", "comb.json.gz")
 _HARDWARE = HWConfig(1, 1, -1)  # delays counted per bit of an adder and of its carry; no pipelining while tracing
 _SOLVER = {
-    "hard_dc": 8,  # levels of additions that a matrix product may use beyond the fewest; 5 cost up to 11 % more LUTs
+    "hard_dc": 6,  # levels of additions that a matrix product may use beyond the fewest; 5 cost up to 11 % more LUTs
     "binary_lut": False,  # tables for sums of single bits: more LUTs, and wrong for signed bits
 }
 
