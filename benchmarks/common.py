@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
@@ -33,6 +34,14 @@ class Baseline(NamedTuple):
     dataset: Dataset
     training: Task
     budget: Budget
+
+
+def asked(doc: str) -> argparse.Namespace:
+    """`tasks` and `seeds` of a script's command line; `doc` begins with what it is for."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("tasks", nargs="*", choices=[[], *TASKS])
+    parser.add_argument("--seeds", type=int, default=5)
+    return parser.parse_args()
 
 
 @lru_cache(maxsize=1)

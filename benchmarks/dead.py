@@ -7,23 +7,19 @@ Rows are kept in `dead.json`, and those already there are not repeated.
 
 from __future__ import annotations
 
-import argparse
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import Row, baseline, fill
+from common import Row, asked, baseline, fill, quantize
 
 from hmq_fpga.deploy.rtl.estimate import traced_luts
 from hmq_fpga.ir import reference
 from hmq_fpga.ir.dead import without_dead
 from hmq_fpga.ir.ops import Quantize
 from hmq_fpga.search.freeze import freeze
-from hmq_fpga.search.methods import find_scheme
-from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.target import Target
-from hmq_fpga.search.train import finetune
 from hmq_fpga.study.data import channels_last
 from hmq_fpga.study.tasks import TASKS
 
@@ -34,27 +30,22 @@ RW, RA = 8.0, 4.0
 
 def main() -> None:
     """Fill the rows, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("tasks", nargs="*", choices=[[], *TASKS])
-    parser.add_argument("--seeds", type=int, default=5)
-    arguments = parser.parse_args()
+    arguments = asked(__doc__)
     torch.set_num_threads(1)
     wanted = ({"task": task, "seed": seed} for task, seed in product(arguments.tasks, range(arguments.seeds)))
     (HERE / "dead.md").write_text(page(fill(ROWS, wanted, _measure)))
 
 
 def _measure(*, task: str, seed: int) -> Row:
-    model, float_accuracy, dataset, training, budget = baseline(task, seed, TASKS[task].label_smoothing)
-    quantized = instrument(model, training.input_shape, input_signed=training.input_signed)
-    target = Target(weight_rate=RW, activation_rate=RA)
-    quantized, _, _ = find_scheme(quantized, training, budget, target, seed=seed)
-    finetune(quantized, training, steps=budget.finetune_steps, learning_rate=budget.learning_rate, seed=seed)
+    base = baseline(task, seed, TASKS[task].label_smoothing)
+    dataset = base.dataset
+    quantized, _ = quantize(base, Target(weight_rate=RW, activation_rate=RA), seed=seed, distill=False)
     net = freeze(quantized)
     smaller, dead = without_dead(net, map(channels_last, (dataset.x_train, dataset.x_val)))
     codes = [reference.run(of, channels_last(dataset.x_test)) for of in (net, smaller)]
     test, test_smaller = (float(np.mean(of.argmax(1) == dataset.y_test)) for of in codes)
     return {
-        "float": float_accuracy,
+        "float": base.accuracy,
         "channels": sum(net.shapes[op.name][-1] for op in net.ops if isinstance(op, Quantize)),
         "dead": sum(dead.values()),
         "test": test,

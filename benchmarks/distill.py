@@ -8,13 +8,12 @@ too. Rows are kept in `distill.json`, and those already there are not repeated.
 
 from __future__ import annotations
 
-import argparse
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import Row, baseline, fill, quantize
+from common import Row, asked, baseline, fill, quantize
 
 from hmq_fpga.ir import cost, reference
 from hmq_fpga.search.freeze import freeze
@@ -30,10 +29,7 @@ COMMAND = "python benchmarks/distill.py digits_mlp digits_tiny_cnn pendigits_mlp
 
 def main() -> None:
     """Fill the rows, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("tasks", nargs="*", choices=[[], *TASKS])
-    parser.add_argument("--seeds", type=int, default=5)
-    arguments = parser.parse_args()
+    arguments = asked(__doc__)
     torch.set_num_threads(1)
     wanted = (
         {"task": task, "seed": seed, "distill": distill, "rw": rw}

@@ -96,7 +96,7 @@ def page(rows: list[Row]) -> str:
         "| task | LUTs asked | seeds | R_w | zeros % | test % | alkaid LUT | Yosys LUT / CARRY4 / FF |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    beside: list[str] = []
+    peers, beside = _peers(), list[str]()
     for task, luts in sorted({(row["task"], row["luts"]) for row in rows}, key=lambda key: (key[0], -key[1])):
         group = [row for row in rows if (row["task"], row["luts"]) == (task, luts)]
         yosys = [f"{_mean(group, f'yosys_{name}'):,.0f}" for name in YOSYS if any(row["yosys"] for row in group)]
@@ -104,8 +104,8 @@ def page(rows: list[Row]) -> str:
             f"| {task} | {luts:,.0f} | {_seeds(group)} | {_mean(group, 'actual'):.1f} "
             f"| {100 * _mean(group, 'zero_weights'):.0f} | {_told(group)} | {' / '.join(yosys) or '–'} |"
         )
-        if peers := _best(task, luts):
-            for what, found in ((f"hmq_fpga, `--luts {luts:.0f} --distill`", group), ("HGQ2", peers)):
+        if best := _best(peers, task, luts):
+            for what, found in ((f"hmq_fpga, `--luts {luts:.0f} --distill`", group), ("HGQ2", best)):
                 beside.append(f"| {task} | {luts:,.0f} | {what} | {_seeds(found)} | {_told(found)} |")
     lines += ["", "## Beside R_w alone", "", *_beside_rates(rows)]
     lines += [
@@ -125,8 +125,8 @@ def page(rows: list[Row]) -> str:
         "| task | LUTs at most | penalty | seeds | test % | alkaid LUT |",
         "|---|---|---|---|---|---|",
     ]
-    for key in dict.fromkeys((row["task"], row["luts"], row["schedule"]) for row in _peers()):
-        of_schedule = [row for row in _peers() if (row["task"], row["luts"], row["schedule"]) == key]
+    for key in dict.fromkeys((row["task"], row["luts"], row["schedule"]) for row in peers):
+        of_schedule = [row for row in peers if (row["task"], row["luts"], row["schedule"]) == key]
         if group := [row for row in of_schedule if "refused" not in row]:
             lines.append(
                 f"| {key[0]} | {key[1]:,.0f} | {key[2]} | {len(group)} of {len(of_schedule)} | {_told(group)} |"
@@ -165,10 +165,10 @@ def _peers() -> list[Row]:
     return sorted(rows, key=lambda row: (row["task"], -row["luts"], row["schedule"], row["seed"]))
 
 
-def _best(task: str, luts: float) -> list[Row]:
+def _best(peers: list[Row], task: str, luts: float) -> list[Row]:
     """Of each of HGQ2's seeds the network under a bound that is best on validation data, over all schedules."""
     found: dict[int, Row] = {}
-    for row in _peers():
+    for row in peers:
         if (row["task"], row["luts"]) == (task, luts) and "refused" not in row:
             found[row["seed"]] = max(row, found.get(row["seed"], row), key=lambda row: row["validation"])
     return list(found.values())

@@ -19,13 +19,12 @@ from hgq.utils import trace_minmax
 from hgq.utils.sugar import BetaScheduler, FreeEBOPs, ParetoFront, PieceWiseSchedule
 from torch import nn
 
-from hmq_fpga.deploy.rtl.trace import simplify
+from hmq_fpga.deploy.rtl.trace import SOLVER, simplify
 from hmq_fpga.study.tasks import TASKS, Task
 
 LEARNING_RATE = 5e-3
 CYCLES, DECAY = 10, 0.94  # of the learning rate of a ramp: restarts of a cosine, each lower than the one before
 RAMP = ((0.0, 1e-6), (0.1, 1e-6), (1.0, 2e-4))  # share of the epochs, penalty: constant, then exponential
-SOLVER = {"hard_dc": 6}  # as ours
 
 
 class Front:
@@ -98,7 +97,9 @@ class Front:
             return self.measured[member]
         self.model.load_weights(member)
         ebops = trace_minmax(self.model, self.data.x_train, verbose=0)
-        program = simplify(trace(*trace_model(self.model, HWConfig(1, 1, -1), SOLVER), optimize=False))
+        program = simplify(
+            trace(*trace_model(self.model, HWConfig(1, 1, -1), {"hard_dc": SOLVER["hard_dc"]}), optimize=False)
+        )
         outputs = program.predict(self.data.x_test.astype(np.float64))
         if differing := int(np.sum(outputs != self.model.predict(self.data.x_test, verbose=0))):
             raise RuntimeError(f"{member}: {differing} values of alkaid's program differ from Keras's")

@@ -9,7 +9,6 @@ more steps is as many times as long.
 
 from __future__ import annotations
 
-import argparse
 import time
 from dataclasses import replace
 from itertools import product
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Row, baseline, fill
+from common import Row, asked, baseline, fill
 
 from hmq_fpga.ir import cost, reference
 from hmq_fpga.search.freeze import freeze
@@ -48,10 +47,7 @@ LONGER = f"{PAPER}, {STEPS} times the steps"  # about as long as `noise: slice` 
 
 def main() -> None:
     """Fill the rows, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("tasks", nargs="*", choices=[[], *TASKS])
-    parser.add_argument("--seeds", type=int, default=5)
-    arguments = parser.parse_args()
+    arguments = asked(__doc__)
     torch.set_num_threads(1)
     wanted = (
         {"task": task, "option": option, "seed": seed}

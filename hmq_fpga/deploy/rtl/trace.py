@@ -84,7 +84,7 @@ WITNESSES = 24  # random inputs for which two values are the same, if they are
 _INPUT = -1  # opcode
 _PROGRAM = Path("model", "comb.json.gz")
 _HARDWARE = HWConfig(1, 1, -1)  # delays counted per bit of an adder and of its carry; no pipelining while tracing
-_SOLVER = {
+SOLVER = {
     "hard_dc": 6,  # levels of additions that a matrix product may use beyond the fewest; 5 cost up to 11 % more LUTs
     "binary_lut": False,  # tables for sums of single bits: more LUTs, and wrong for signed bits
 }
@@ -336,7 +336,7 @@ def _inputs(net: QNet) -> tuple[FVArray, dict[str, FVArray]]:
     sizes = [math.prod(op.shape) for op in net.inputs]
     signed = np.repeat([op.format.signed for op in net.inputs], sizes)
     integer = np.repeat([op.format.width - op.format.signed for op in net.inputs], sizes)
-    codes = FVArray.from_kif(signed, integer, np.zeros_like(integer), _HARDWARE, solver_options=_SOLVER)
+    codes = FVArray.from_kif(signed, integer, np.zeros_like(integer), _HARDWARE, solver_options=SOLVER)
     parts = np.split(np.asarray(codes), np.cumsum(sizes)[:-1])
     return codes, {op.name: _like(codes, part.reshape(op.shape)) for op, part in zip(net.inputs, parts, strict=True)}
 
