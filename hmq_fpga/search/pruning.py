@@ -24,6 +24,7 @@ from hmq_fpga.search.checkpoint import Stateful
 from hmq_fpga.search.deviations import input_deviations
 from hmq_fpga.search.freeze import freeze
 from hmq_fpga.search.graph import QModel
+from hmq_fpga.search.polish import polish
 from hmq_fpga.search.quantizers import fake_quantize, grid_of
 from hmq_fpga.search.train import Task
 
@@ -32,7 +33,9 @@ EVENTS = 100  # at which weights are pruned, over the whole training
 PRUNED_BY = 0.6  # of the training: from here on the goal is reached
 MEASUREMENTS = 8  # of a goal whose size is estimated in between, and of what weights multiply
 PARTS = 4  # of what is too much at the end, by the exact measure, that are pruned one after another
-SAMPLES = 2048  # by which that is measured
+ROOM = 1.2  # by which a cost of the integer network may exceed the goal, until weights are polished
+SAMPLES = 2048  # that show what weights multiply
+POLISHING = 8  # times the samples of training that polishing may compute
 
 
 def share_of_zeros(weight: Tensor, format_: Fixed, widths: Widths | None = None) -> float:
@@ -60,10 +63,12 @@ class Goal(Protocol):
     Attributes:
         name: what it counts, for messages.
         most: what is wanted of it.
+        room: by which training may exceed that, since single weights are polished afterwards; 1: they are not.
     """
 
     name: str
     most: float
+    room: float
 
     def size(self, model: QModel) -> float:
         """Of a model as it is, in any unit; may be an estimate."""
@@ -80,6 +85,7 @@ class Nonzeros:
     """
 
     name = "as a share of weights that are not zero"
+    room = 1.0
 
     def __init__(self, zeros: float) -> None:
         self.most = 1 - zeros
@@ -102,6 +108,8 @@ class NetworkCost:
         measure: the figure that counts.
         estimate: a faster one.
     """
+
+    room = ROOM
 
     def __init__(
         self, name: str, most: float, measure: Callable[[QNet], float], estimate: Callable[[QNet], float]
@@ -136,7 +144,8 @@ class Pruning:
     the values that it multiplies, as a ratio to its layer's (after Sun, Liu, Bair, Kolter, "A Simple and Effective
     Pruning Approach for Large Language Models", 2024, Eq. 1, who take norms): a pixel at the border that is always dark
     needs no weight, however large. What has been pruned stays zero. Called before each optimizer step and after the
-    last, which keeps the goal by its exact measure.
+    last, which keeps the goal by its exact measure: single weights are polished, and where that is not enough, more of
+    them are pruned.
 
     Args:
         model: with a scheme; its weights are pruned in place.
@@ -145,12 +154,13 @@ class Pruning:
     """
 
     def __init__(self, model: QModel, goal: Goal, task: Task) -> None:
-        self._model, self._goal = model, goal
+        self._model, self._goal, self._task = model, goal, task
         self._samples = task.samples("train").head(SAMPLES)[0]
         self._deviations = input_deviations(model, self._samples)
         self._kept = {name: torch.ones_like(weight) for name, weight in model.weights.items()}
         self._smallest = math.inf  # of the sizes measured at which outputs depended on inputs
         self._first = self._measured()
+        self._excess = 0.0  # over the goal, when that was measured while polishing
 
     def state_dict(self) -> dict[str, Any]:
         """What has been pruned, and what the goal has measured."""
@@ -176,13 +186,13 @@ class Pruning:
             for name, kept in self._kept.items():
                 weights[name].mul_(kept)
         if step == steps:
-            self._finish()
+            self._finish(POLISHING * steps * self._task.batch_size)
         elif step and step % max(steps // EVENTS, 1) == 0:
             if step // max(steps // EVENTS, 1) % (EVENTS // MEASUREMENTS) == 0:
                 self._measured()
                 self._deviations = input_deviations(self._model, self._samples)
-            left = max(1 - step / (PRUNED_BY * steps), 0.0)
-            self._shrink(self._goal.most + max(self._first - self._goal.most, 0) * left**3)
+            left, reached = max(1 - step / (PRUNED_BY * steps), 0.0), self._goal.room * self._goal.most
+            self._shrink(reached + max(self._first - reached, 0) * left**3)
 
     def _shrink(self, wanted: float) -> None:
         """Prune the share of nonzero weights by which the goal is exceeded."""
@@ -190,8 +200,12 @@ class Pruning:
             worth = self._worth()
             self._prune(max(round(len(worth) * (1 - wanted / size)), 1), worth)
 
-    def _finish(self) -> None:
-        """Prune until the exact measure keeps the goal, bit by bit: a few weights may be enough."""
+    def _finish(self, samples: float) -> None:
+        """Polish and prune until the exact measure keeps the goal, bit by bit: a few weights may be enough."""
+        self._excess = self._measured() - self._goal.most
+        if self._goal.room > 1 and self._excess > 0:
+            deviations = input_deviations(self._model, self._samples)
+            polish(self._model, self._task, deviations, enough=self._reached, samples=samples)
         while (size := self._measured()) > self._goal.most and len(worth := self._worth()):
             self._prune(max(round(len(worth) * (1 - self._goal.most / size) / PARTS), 1), worth)
         if not self._tells():
@@ -200,6 +214,12 @@ class Pruning:
                 f"input; the smallest network on the way whose outputs did has {self._smallest:,.6g}: "
                 "allow that many, or give a smaller model"
             )
+
+    def _reached(self) -> bool:
+        """Whether the goal is kept: measured once half of what was too much is gone by the estimate."""
+        if self._goal.size(self._model) - self._goal.most <= self._excess / 2:
+            self._excess = self._measured() - self._goal.most
+        return self._excess <= 0
 
     def _measured(self) -> float:
         """The goal's exact size."""

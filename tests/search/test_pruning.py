@@ -8,7 +8,7 @@ from hmq_fpga.deploy.rtl.estimate import traced_luts
 from hmq_fpga.deploy.rtl.trace import trace
 from hmq_fpga.ir import cost
 from hmq_fpga.ir.errors import InvalidInput
-from hmq_fpga.ir.logic import luts
+from hmq_fpga.ir.logic import luts, signed_digits
 from hmq_fpga.search.freeze import freeze
 from hmq_fpga.search.logic import start
 from hmq_fpga.search.methods import METHODS, find_scheme
@@ -58,8 +58,50 @@ def test_logic_is_bounded_by_the_tracers_figure(most, mlp, digits):
     finetune(model, digits, steps=1500, learning_rate=2e-3, seed=0, shaping=pruning)
     assert asked[0] > most
     assert 0.85 * most <= trace(freeze(model)).cost <= most
-    assert len(asked) < 20
+    assert len(asked) < 32
     assert evaluate(model, digits)["val_accuracy"] > 0.7
+
+
+@pytest.mark.parametrize("bound", ["luts", "ebops"])
+def test_what_is_too_much_at_the_end_goes_by_cheaper_codes(bound, mlp, digits, monkeypatch):
+    count, most = {"luts": (traced_luts, 2500), "ebops": (cost.ebops, 12_000)}[bound]
+    target = Target(**{bound: most})
+    found = []
+    for room in (1.0, NetworkCost.room):
+        monkeypatch.setattr(NetworkCost, "room", room)
+        model = instrument(mlp, digits.input_shape, input_signed=False)
+        model, _, _ = find_scheme(model, digits, Budget(), target, method="uniform")
+        finetune(model, digits, steps=1500, learning_rate=2e-3, seed=0, shaping=pruning(model, target, digits))
+        net = freeze(model)
+        assert 0.9 * most <= count(net) <= most
+        codes = np.concatenate([op.weight.ravel() for op in net.linears])
+        found.append(signed_digits(codes).sum() / np.count_nonzero(codes))
+    assert found[1] < found[0]
+
+
+class Larger:
+    """A goal whose exact measure is larger than its size: what is left at the end is pruned without training."""
+
+    name, most, room = "as a share of weights that are not zero", 0.3, 1.0
+
+    def __init__(self):
+        self.measures = []
+
+    def size(self, model):
+        return Nonzeros(0.7).size(model)
+
+    def measured(self, model):
+        self.measures.append(1.1 * self.size(model))
+        return self.measures[-1]
+
+
+def test_the_last_cut_takes_no_more_than_it_must(mlp, digits):
+    model = instrument(mlp, digits.input_shape, input_signed=False)
+    model, _, _ = find_scheme(model, digits, Budget(), Target(), method="uniform")
+    goal = Larger()
+    finetune(model, digits, steps=300, learning_rate=2e-3, seed=0, shaping=Pruning(model, goal, digits))
+    *before, last = goal.measures
+    assert 0.97 * goal.most < last <= goal.most < before[-1]
 
 
 @pytest.mark.parametrize("method", METHODS)
