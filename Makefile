@@ -49,7 +49,7 @@ results: bench environment-hgq2
 	$(BIN)/python benchmarks/frontier.py mnist14_mlp --luts 6000 3000
 	$(BIN)/python benchmarks/frontier.py letter_mlp --luts 20000 --no-yosys
 	$(BIN)/python benchmarks/frontier.py magic_mlp --luts 9000 4000 --no-yosys
-	$(BIN)/python benchmarks/frontier.py mnist14_wide --luts 14000 --no-yosys
+	$(BIN)/python benchmarks/frontier.py mnist14_wide --luts 14000
 	$(BIN)/python benchmarks/methods.py pendigits_mlp letter_mlp --rates 6 8 10 12 14 --seeds 5
 	$(BIN)/python benchmarks/methods.py magic_mlp --methods hmq uniform --rates 8 12 14 --seeds 5
 	$(BIN)/python benchmarks/options.py pendigits_mlp letter_mlp --seeds 5

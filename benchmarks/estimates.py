@@ -3,7 +3,8 @@
     python benchmarks/results.py digits_tiny_cnn magic_mlp pendigits_mlp
     python benchmarks/estimates.py build/results/digits_tiny_cnn build/results/magic_mlp build/results/pendigits_mlp
 
-Every run with Verilog is synthesized by Yosys unless it was. The formula (`model`) was fitted to networks of seed 0,
+Every run with Verilog is synthesized by Yosys. Rows are kept in `estimates.json`, and those already there are not
+repeated: of these no folder is needed. The formula (`model`) was fitted to networks of seed 0,
 so only the others test it.
 """
 
@@ -16,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import keep
 from lut_model import FITTED_SEED
 
 from hmq_fpga.ir import logic
 from hmq_fpga.ir.network import QNet
 from hmq_fpga.study.run.hardware import synthesize_by_yosys
 
+HERE = Path(__file__).parent
+ROWS = HERE / "estimates.json"
 PAIRS = (("trace", "yosys"), ("model", "trace"), ("model", "yosys"))
 
 
@@ -30,11 +34,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sweeps", type=Path, nargs="+", help="folders of sweeps")
     arguments = parser.parse_args()
-    folders = [run.parent for sweep in arguments.sweeps for run in sorted(sweep.glob("*/rtl"))]
-    rows = [_row(folder) for folder in folders]
-    here = Path(__file__).parent
-    (here / "estimates.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (here / "estimates.md").write_text(page(rows))
+    rows = json.loads(ROWS.read_text()) if ROWS.exists() else []
+    for sweep in arguments.sweeps:
+        for run in sorted(sweep.glob("*/rtl")):
+            record = json.loads((run.parent / "run.json").read_text())
+            key = {"task": record["config"]["task"], "seed": record["seed"], "rw_target": record["config"]["rw"]}
+            if not any(key.items() <= row.items() for row in rows):
+                rows.append(_row(run.parent))
+                keep(ROWS, rows)
+        if not any(row["task"] == sweep.name for row in rows):
+            parser.error(f"{sweep}: no runs with Verilog: python benchmarks/results.py {sweep.name} makes them")
+    (HERE / "estimates.md").write_text(page(rows))
 
 
 def _row(folder: Path) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def page(rows: list[Row]) -> str:
         "## Under a bound on logic",
         "",
         "Made by `python benchmarks/frontier.py pendigits_shallow --luts 4000 2600 1700`, the same of",
-        "`mnist14_mlp --luts 6000 3000` and, with `--no-yosys`, of `mnist14_wide --luts 14000`, of",
+        "`mnist14_mlp --luts 6000 3000` and `mnist14_wide --luts 14000` and, with `--no-yosys`, of",
         "`letter_mlp --luts 20000` and of `magic_mlp --luts 9000 4000`; two cores of x86-64.",
         "",
         "| task | LUTs asked | seeds | R_w | zeros % | test % | alkaid LUT | Yosys LUT / CARRY4 / FF |",

@@ -2,8 +2,8 @@
 
     python benchmarks/results.py magic_mlp pendigits_mlp --seeds 5
 
-A sweep that was interrupted goes on where it stopped, and one that is done is not repeated. Rows of other tasks, seeds
-and targets stay.
+A sweep that was interrupted goes on where it stopped. Rows are kept in `results.json`, and those already there are not
+repeated.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from common import keep
 
-from hmq_fpga.deploy.settings import Estimate
 from hmq_fpga.study.sweep.grid import SweepConfig, sweep
 
 Key = tuple[str, float]  # task, R_w
@@ -28,25 +29,26 @@ IDENTITY = ("task", "ra", "rw", "seed")
 
 
 class Grid(NamedTuple):
-    """What a task is swept over."""
+    """What a task is swept over, and other settings of its runs."""
 
     rw: Sequence[float] = (8, 12)
-    estimate: Estimate = "model"
+    settings: Mapping[str, Any] = {"estimate": "model"}
 
 
+TRACED = {"estimate": "trace"}
 GRIDS = {
-    "pendigits_mlp": Grid(estimate="trace"),
+    "pendigits_mlp": Grid(settings=TRACED),
     "letter_mlp": Grid(),
-    "magic_mlp": Grid(estimate="trace"),
-    "digits_tiny_cnn": Grid(estimate="trace"),
+    "magic_mlp": Grid(settings=TRACED),
+    "digits_tiny_cnn": Grid(settings=TRACED),
     "conv1d_fsdd": Grid(),
-    "tanh_policy": Grid(rw=(8,), estimate="trace"),
+    "tanh_policy": Grid(rw=(8,), settings=TRACED),
     "fsdd_gru": Grid(rw=(8,)),
     "dscnn_fsdd": Grid(),
     "mnist_rows_gru": Grid(rw=(8,)),
     "mnist_cnn": Grid(),
     "fashion_cnn": Grid(),
-    "resnet8_cifar": Grid(rw=(8,)),
+    "resnet8_cifar": Grid(rw=(8,), settings={"estimate": "model", "label_smoothing": 0.0}),
 }
 
 
@@ -61,13 +63,17 @@ def main() -> None:
     rows = json.loads(ROWS.read_text()) if ROWS.exists() else []
     for task in arguments.tasks or GRIDS:
         grid, folder = GRIDS[task], arguments.out / task
+        stored = {_identity(row) for row in rows}
+        missing = {seed for rw, seed in product(grid.rw, range(arguments.seeds)) if (task, RA, rw, seed) not in stored}
+        if not missing:
+            continue
         sweep(
             SweepConfig(
                 task=task,
                 rw=tuple(grid.rw),
                 ra=(RA,),
-                seeds=tuple(range(arguments.seeds)),
-                settings={"estimate": grid.estimate},
+                seeds=tuple(sorted(missing)),
+                settings=dict(grid.settings),
                 out=folder,
             ),
             jobs=arguments.jobs,
@@ -75,8 +81,8 @@ def main() -> None:
         new = [_row(run.parent) for run in sorted(folder.glob("*/parity.json"))]
         made = {_identity(row) for row in new}
         rows = sorted([row for row in rows if _identity(row) not in made] + new, key=_identity)
-        ROWS.write_text(json.dumps(rows, indent=1) + "\n")
-        (HERE / "results.md").write_text(page(rows))
+        keep(ROWS, rows)
+    (HERE / "results.md").write_text(page(rows))
 
 
 def _identity(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -123,8 +129,8 @@ def page(rows: list[dict[str, Any]]) -> str:
     lines = [
         "R_a = 4, test split; mean and standard deviation over seeds. The last column counts output codes of QKeras,",
         "csim and, where the network was traced, RTL, on the whole split, but of `resnet8_cifar` on its first 1,000",
-        "samples; it has three seeds, and was trained without label smoothing, as `--label-smoothing 0` does. Of",
-        "`tanh_policy`, a regression, percentages are of R². Made by `python benchmarks/results.py`.",
+        "samples; it was trained without label smoothing, as `--label-smoothing 0` does. Of `tanh_policy`, a",
+        "regression, percentages are of R². Made by `python benchmarks/results.py`.",
         "",
         "| task | R_w asked | seeds | actual | float % | QNet % | difference | bits · MACs | LUT (trace) "
         "| values that differ |",

@@ -10,21 +10,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from itertools import chain
+from functools import cache
+from itertools import chain, product
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from hmq_fpga.ir.logic import signed_digits
 from hmq_fpga.search import parallel
 from hmq_fpga.search.graph import QModel
 from hmq_fpga.search.quantizers import fake_quantize, grid_of
-from hmq_fpga.search.train import Task, evaluate, rank
+from hmq_fpga.search.train import Split, Task, evaluate, rank
 
-JUDGED_BY = (2048, 16_384)  # samples of each split: what the first speak against, all need not see
+SPLITS: tuple[Split, ...] = ("val", "train")  # neither of which makes up for what is lost on the other
+JUDGED_BY = (2048, 16_384)  # samples of each: what the first speak against, all need not see
 VALUES = 1 << 24  # that these samples have at most
 TOLERANCES = (0.0, 0.0, 0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # of rounds: shares by which the loss may grow
 
@@ -46,7 +47,7 @@ class Change(NamedTuple):
 
 
 class Judge:
-    """Tells whether a model is as good as it was, by score and loss on samples of both splits; see `train.rank`.
+    """Tells whether a model is as good as it was, by score and loss on samples of a split; see `train.rank`.
 
     Attributes:
         seen: samples so far.
@@ -55,11 +56,9 @@ class Judge:
 
     tolerance = 0.0
 
-    def __init__(self, model: QModel, task: Task, samples: int) -> None:
+    def __init__(self, model: QModel, task: Task, split: Split, samples: int) -> None:
         most = min(samples, max(VALUES // math.prod(task.x_train.shape[1:]), 1))
-        splits = [task.samples(split).head(most) for split in ("val", "train")]
-        x = torch.cat([x for x, _ in splits])
-        y = tree_map(lambda *of_each: torch.cat(of_each), *(y for _, y in splits))
+        x, y = task.samples(split).head(most)
         self._model, self._task = model, replace(task, x_val=x, y_val=y, w_val=None, streams={})
         self.seen = 0
         self._before = self._rank()
@@ -91,7 +90,7 @@ def polish(
     Returns:
         How many weights were changed.
     """
-    judges = [Judge(model, task, most) for most in JUDGED_BY]
+    judges = [Judge(model, task, split, most) for most, split in product(JUDGED_BY, SPLITS)]
     weights, stayed = model.weights, list[Change]()
 
     def one_round() -> bool:
@@ -114,7 +113,11 @@ def polish(
                 return False
         return True
 
+    found = -1  # so far, when the last round began
     for tolerance in TOLERANCES:
+        if tolerance == judges[0].tolerance and len(stayed) == found:
+            continue  # the same again
+        found = len(stayed)
         for judge in judges:
             judge.tolerance = tolerance
         if not one_round():
@@ -147,10 +150,11 @@ def _changes(model: QModel, name: str, weight: Tensor, deviations: Tensor) -> li
     return found
 
 
-def cheaper(code: int, lo: int, hi: int) -> list[tuple[int, int]]:
+@cache
+def cheaper(code: int, lo: int, hi: int) -> tuple[tuple[int, int], ...]:
     """The codes of fewer signed digits next to `code`, within `lo … hi`, and zero; and how many digits each saves."""
     others = np.arange(lo, hi + 1)
     saved = signed_digits(np.array([code])) - signed_digits(others)
     below, above = (others[(saved > 0) & side] for side in (others < code, others > code))
     nearest = {*below[-1:].tolist(), *above[:1].tolist(), 0}
-    return [(other, int(saved[other - lo])) for other in sorted(nearest)]
+    return tuple((other, int(saved[other - lo])) for other in sorted(nearest))

@@ -33,7 +33,7 @@ EVENTS = 100  # at which weights are pruned, over the whole training
 PRUNED_BY = 0.6  # of the training: from here on the goal is reached
 MEASUREMENTS = 8  # of a goal whose size is estimated in between, and of what weights multiply
 PARTS = 4  # of what is too much at the end, by the exact measure, that are pruned one after another
-ROOM = 1.2  # by which a cost of the integer network may exceed the goal, until weights are polished
+ROOM = 1.1  # by which a cost of the integer network may exceed the goal, until weights are polished
 SAMPLES = 2048  # that show what weights multiply
 POLISHING = 8  # times the samples of training that polishing may compute
 

@@ -15,7 +15,7 @@ from hmq_fpga.deploy import parity
 from hmq_fpga.deploy.rtl import project as rtl
 from hmq_fpga.deploy.rtl import yosys
 from hmq_fpga.deploy.rtl.project import RtlProject
-from hmq_fpga.deploy.rtl.trace import size_estimate
+from hmq_fpga.deploy.rtl.trace import SOLVER, size_estimate, trace
 from hmq_fpga.deploy.toolchain import ToolFailed, ToolMissing
 from hmq_fpga.ir import reference
 from hmq_fpga.ir.errors import InvalidInput
@@ -314,6 +314,16 @@ def test_what_does_not_fit_is_refused_before_tracing(monkeypatch, tmp_path):
     with pytest.raises(InvalidInput, match=r"op 'table': its 25-bit values exceed the 24 bits of RTL"):
         RtlProject.create(QNet((Input(name="x", shape=(1,), format=unsigned(3)), table)), tmp_path / "rtl")
     assert not any(tmp_path.iterdir())
+
+
+def test_sparse_sums_may_be_deeper_where_that_saves_logic(monkeypatch):
+    rng = np.random.default_rng(0)
+    weight = rng.integers(-4, 4, (196, 32)) * (rng.random((196, 32)) < 0.15)
+    op = dense(weight, np.zeros(32, np.int64))
+    net = QNet((Input(name="x", shape=(196,), format=unsigned(3)), op))
+    cost = trace(net).cost
+    monkeypatch.setitem(SOLVER, "hard_dc", SOLVER["hard_dc"] - 1)
+    assert cost < trace(net).cost
 
 
 def test_faster_clocks_get_more_stages(mlp, tmp_path):
