@@ -26,8 +26,15 @@ from hmq_fpga.search.train import Split, Task, evaluate, rank
 
 SPLITS: tuple[Split, ...] = ("val", "train")  # neither of which makes up for what is lost on the other
 JUDGED_BY = (2048, 16_384)  # samples of each: what the first speak against, all need not see
+TRIED = 4  # changes of which one stays, or more
 VALUES = 1 << 24  # that these samples have at most
 TOLERANCES = (0.0, 0.0, 0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # of rounds: shares by which the loss may grow
+
+
+def within_reach(task: Task, samples: float) -> float:
+    """How many weights can be changed while so many samples are computed, of those that are tried one in `TRIED`."""
+    first, all_ = (sum(min(len(task.samples(split)), most) for split in SPLITS) for most in JUDGED_BY)
+    return samples / (TRIED * first + all_)
 
 
 class Change(NamedTuple):

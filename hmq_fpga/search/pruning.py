@@ -24,7 +24,7 @@ from hmq_fpga.search.checkpoint import Stateful
 from hmq_fpga.search.deviations import input_deviations
 from hmq_fpga.search.freeze import freeze
 from hmq_fpga.search.graph import QModel
-from hmq_fpga.search.polish import polish
+from hmq_fpga.search.polish import polish, within_reach
 from hmq_fpga.search.quantizers import fake_quantize, grid_of
 from hmq_fpga.search.train import Task
 
@@ -186,12 +186,12 @@ class Pruning:
             for name, kept in self._kept.items():
                 weights[name].mul_(kept)
         if step == steps:
-            self._finish(POLISHING * steps * self._task.batch_size)
+            self._finish(self._polishing(steps))
         elif step and step % max(steps // EVENTS, 1) == 0:
             if step // max(steps // EVENTS, 1) % (EVENTS // MEASUREMENTS) == 0:
                 self._measured()
                 self._deviations = input_deviations(self._model, self._samples)
-            left, reached = max(1 - step / (PRUNED_BY * steps), 0.0), self._goal.room * self._goal.most
+            left, reached = max(1 - step / (PRUNED_BY * steps), 0.0), self._room(steps) * self._goal.most
             self._shrink(reached + max(self._first - reached, 0) * left**3)
 
     def _shrink(self, wanted: float) -> None:
@@ -199,6 +199,15 @@ class Pruning:
         if (size := self._goal.size(self._model)) > wanted:
             worth = self._worth()
             self._prune(max(round(len(worth) * (1 - wanted / size)), 1), worth)
+
+    def _polishing(self, steps: int) -> float:
+        """Samples that polishing may compute."""
+        return POLISHING * steps * self._task.batch_size
+
+    def _room(self, steps: int) -> float:
+        """By which training may exceed the goal: no more than polishing takes out with half its samples."""
+        share = within_reach(self._task, self._polishing(steps) / 2) / max(len(self._worth()), 1)
+        return min(self._goal.room, 1 + share)
 
     def _finish(self, samples: float) -> None:
         """Polish and prune until the exact measure keeps the goal, bit by bit: a few weights may be enough."""

@@ -9,7 +9,7 @@ from hmq_fpga.ir.logic import signed_digits
 from hmq_fpga.search.deviations import input_deviations
 from hmq_fpga.search.freeze import freeze
 from hmq_fpga.search.methods import find_scheme
-from hmq_fpga.search.polish import changes, cheaper, polish
+from hmq_fpga.search.polish import changes, cheaper, polish, within_reach
 from hmq_fpga.search.quantizers import fake_quantize, grid_of
 from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.samples import InMemory, Weighted
@@ -78,6 +78,11 @@ def test_only_as_many_as_are_enough(model, digits, deviations):
     before = codes(model)
     assert polish(model, digits, deviations, enough=lambda: True, samples=1e9) == 1
     assert (codes(model) != before).sum() == 1
+
+
+def test_how_many_weights_samples_are_enough_for(digits):
+    assert within_reach(digits, 6250) == 1  # 1,250 samples, of four trials and of the one that stays
+    assert within_reach(digits, 625_000) == 100
 
 
 def test_no_more_samples_than_may_be_computed(model, digits, deviations):
