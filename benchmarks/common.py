@@ -77,7 +77,7 @@ def quantize(base: Baseline, target: Target, *, seed: int, distill: bool) -> tup
 def fill(path: Path, wanted: Iterable[Row], measure: Callable[..., Row]) -> list[Row]:
     """The rows in a JSON file and those of `wanted` keys that are not there, each written as soon as it is measured."""
     rows: list[Row] = json.loads(path.read_text()) if path.exists() else []
-    for key in _missing(rows, wanted):
+    for key in missing(rows, wanted):
         rows.append(key | measure(**key))
         keep(path, rows)
     return rows
@@ -90,5 +90,6 @@ def keep(path: Path, rows: list[Row]) -> None:
     new.replace(path)
 
 
-def _missing(rows: list[Row], wanted: Iterable[Row]) -> Iterator[Row]:
+def missing(rows: list[Row], wanted: Iterable[Row]) -> Iterator[Row]:
+    """The keys of which there is no row."""
     return (key for key in wanted if not any(key.items() <= row.items() for row in rows))

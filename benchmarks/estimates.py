@@ -14,10 +14,10 @@ import argparse
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from common import keep
+from common import Row, fill
 from lut_model import FITTED_SEED
 
 from hmq_fpga.ir import logic
@@ -29,25 +29,33 @@ ROWS = HERE / "estimates.json"
 PAIRS = (("trace", "yosys"), ("model", "trace"), ("model", "yosys"))
 
 
+class Key(NamedTuple):
+    """Tells a run from others."""
+
+    task: str
+    seed: int
+    rw_target: float
+
+
 def main() -> None:
     """Synthesize what is missing and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sweeps", type=Path, nargs="+", help="folders of sweeps")
     arguments = parser.parse_args()
-    rows = json.loads(ROWS.read_text()) if ROWS.exists() else []
+    folders = {_key(run.parent): run.parent for sweep in arguments.sweeps for run in sorted(sweep.glob("*/rtl"))}
+    rows = fill(ROWS, (key._asdict() for key in folders), lambda **key: _row(folders[Key(**key)]))
     for sweep in arguments.sweeps:
-        for run in sorted(sweep.glob("*/rtl")):
-            record = json.loads((run.parent / "run.json").read_text())
-            key = {"task": record["config"]["task"], "seed": record["seed"], "rw_target": record["config"]["rw"]}
-            if not any(key.items() <= row.items() for row in rows):
-                rows.append(_row(run.parent))
-                keep(ROWS, rows)
         if not any(row["task"] == sweep.name for row in rows):
             parser.error(f"{sweep}: no runs with Verilog: python benchmarks/results.py {sweep.name} makes them")
     (HERE / "estimates.md").write_text(page(rows))
 
 
-def _row(folder: Path) -> dict[str, Any]:
+def _key(folder: Path) -> Key:
+    record = json.loads((folder / "run.json").read_text())
+    return Key(record["config"]["task"], record["seed"], record["config"]["rw"])
+
+
+def _row(folder: Path) -> Row:
     seconds_file = folder / "synth" / "seconds"
     if not seconds_file.exists():
         start = time.monotonic()
@@ -56,9 +64,6 @@ def _row(folder: Path) -> dict[str, Any]:
     record = json.loads((folder / "run.json").read_text())
     stages = {entry["stage"]: entry for entry in json.loads((folder / "resources.json").read_text())}
     return {
-        "task": record["config"]["task"],
-        "seed": record["seed"],
-        "rw_target": record["config"]["rw"],
         "rw_actual": record["metrics"]["rw_actual"],
         "accuracy": record["metrics"]["qnet_accuracy"],
         "ebops": record["metrics"]["ebops"],

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from common import keep
+from common import keep, missing
 
 from hmq_fpga.study.sweep.grid import SweepConfig, sweep
 
@@ -63,16 +63,16 @@ def main() -> None:
     rows = json.loads(ROWS.read_text()) if ROWS.exists() else []
     for task in arguments.tasks or GRIDS:
         grid, folder = GRIDS[task], arguments.out / task
-        stored = {_identity(row) for row in rows}
-        missing = {seed for rw, seed in product(grid.rw, range(arguments.seeds)) if (task, RA, rw, seed) not in stored}
-        if not missing:
+        keys = product((task,), (RA,), grid.rw, range(arguments.seeds))
+        seeds = {key["seed"] for key in missing(rows, (dict(zip(IDENTITY, key, strict=True)) for key in keys))}
+        if not seeds:
             continue
         sweep(
             SweepConfig(
                 task=task,
                 rw=tuple(grid.rw),
                 ra=(RA,),
-                seeds=tuple(sorted(missing)),
+                seeds=tuple(sorted(seeds)),
                 settings=dict(grid.settings),
                 out=folder,
             ),

@@ -58,10 +58,7 @@ class Judge:
 
     Attributes:
         seen: samples so far.
-        tolerance: share by which the loss may grow; the score, which jumps, counts where that is zero.
     """
-
-    tolerance = 0.0
 
     def __init__(self, model: QModel, task: Task, split: Split, samples: int) -> None:
         most = min(samples, max(VALUES // math.prod(task.x_train.shape[1:]), 1))
@@ -70,11 +67,11 @@ class Judge:
         self.seen = 0
         self._before = self._rank()
 
-    def accepts(self) -> bool:
-        """Whether it is no worse than at first, but for the tolerance."""
+    def accepts(self, tolerance: float) -> bool:
+        """Whether the loss has grown by no more than a share; where that is zero, the score counts, too: it jumps."""
         (score, merit), (score_before, merit_before) = self._rank(), self._before
-        kept = merit >= merit_before - self.tolerance * abs(merit_before)
-        return kept and (self.tolerance > 0 or score >= score_before)
+        kept = merit >= merit_before - tolerance * abs(merit_before)
+        return kept and (tolerance > 0 or score >= score_before)
 
     def _rank(self) -> tuple[float, float]:
         self.seen += len(self._task.x_val)
@@ -100,7 +97,7 @@ def polish(
     judges = [Judge(model, task, split, most) for most, split in product(JUDGED_BY, SPLITS)]
     weights, stayed = model.weights, list[Change]()
 
-    def one_round() -> bool:
+    def one_round(tolerance: float) -> bool:
         """Whether there may be more to find, and it is wanted."""
         changed = set[tuple[str, tuple[int, ...]]]()
         for change in changes(model, deviations):
@@ -111,7 +108,7 @@ def polish(
             weight = weights[change.site]
             before = float(weight[change.element])
             weight[change.element] = change.value
-            if not all(judge.accepts() for judge in judges):
+            if not all(judge.accepts(tolerance) for judge in judges):
                 weight[change.element] = before
                 continue
             changed.add((change.site, change.element))
@@ -120,14 +117,12 @@ def polish(
                 return False
         return True
 
-    found = -1  # so far, when the last round began
+    begun: tuple[float, int] | None = None
     for tolerance in TOLERANCES:
-        if tolerance == judges[0].tolerance and len(stayed) == found:
+        if begun == (tolerance, len(stayed)):
             continue  # the same again
-        found = len(stayed)
-        for judge in judges:
-            judge.tolerance = tolerance
-        if not one_round():
+        begun = tolerance, len(stayed)
+        if not one_round(tolerance):
             break
     for weight in weights.values():
         parallel.take_from_first(weight)

@@ -160,7 +160,6 @@ class Pruning:
         self._kept = {name: torch.ones_like(weight) for name, weight in model.weights.items()}
         self._smallest = math.inf  # of the sizes measured at which outputs depended on inputs
         self._first = self._measured()
-        self._excess = 0.0  # over the goal, when that was measured while polishing
 
     def state_dict(self) -> dict[str, Any]:
         """What has been pruned, and what the goal has measured."""
@@ -206,29 +205,35 @@ class Pruning:
 
     def _room(self, steps: int) -> float:
         """By which training may exceed the goal: no more than polishing takes out with half its samples."""
+        if self._goal.room == 1:
+            return 1.0
         share = within_reach(self._task, self._polishing(steps) / 2) / max(len(self._worth()), 1)
         return min(self._goal.room, 1 + share)
 
     def _finish(self, samples: float) -> None:
         """Polish and prune until the exact measure keeps the goal, bit by bit: a few weights may be enough."""
-        self._excess = self._measured() - self._goal.most
-        if self._goal.room > 1 and self._excess > 0:
+        goal, size = self._goal, self._measured()
+
+        def reached() -> bool:
+            """Whether the goal is kept: measured once half of what was too much is gone by the estimate."""
+            nonlocal size
+            if goal.size(self._model) - goal.most <= (size - goal.most) / 2:
+                size = self._measured()
+            return size <= goal.most
+
+        if goal.room > 1 and size > goal.most:
             deviations = input_deviations(self._model, self._samples)
-            polish(self._model, self._task, deviations, enough=self._reached, samples=samples)
-        while (size := self._measured()) > self._goal.most and len(worth := self._worth()):
-            self._prune(max(round(len(worth) * (1 - self._goal.most / size) / PARTS), 1), worth)
+            polish(self._model, self._task, deviations, enough=reached, samples=samples)
+            size = self._measured()
+        while size > goal.most and len(worth := self._worth()):
+            self._prune(max(round(len(worth) * (1 - goal.most / size) / PARTS), 1), worth)
+            size = self._measured()
         if not self._tells():
             raise InvalidInput(
                 f"{self._goal.most:,.6g} {self._goal.name} are out of reach: pruned that far, no output depends on an "
                 f"input; the smallest network on the way whose outputs did has {self._smallest:,.6g}: "
                 "allow that many, or give a smaller model"
             )
-
-    def _reached(self) -> bool:
-        """Whether the goal is kept: measured once half of what was too much is gone by the estimate."""
-        if self._goal.size(self._model) - self._goal.most <= self._excess / 2:
-            self._excess = self._measured() - self._goal.most
-        return self._excess <= 0
 
     def _measured(self) -> float:
         """The goal's exact size."""
