@@ -303,6 +303,7 @@ def _figure(value: float) -> str:
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Time and memory against parameters, log-log, with the exponents."""
+    import matplotlib as mpl
     from matplotlib.figure import Figure
 
     families = list(dict.fromkeys(row["family"] for row in rows))
@@ -321,7 +322,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             axes.set(xscale="log", yscale="log", xlabel="parameters", ylabel=label, title=FAMILIES[family])
             axes.grid(alpha=0.3)
             axes.legend(fontsize="small", title="step, exponent", loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, metadata={"Date": None})
+    with mpl.rc_context({"svg.hashsalt": "scaling"}):
+        figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
