@@ -141,6 +141,11 @@ def layer_normalized(x):
     return F.layer_norm(x.movedim(1, -1), x.shape[1:2]).movedim(-1, 1)
 
 
+def divided_by_root_mean_square(x):
+    """Over the channels."""
+    return F.rms_norm(x.movedim(1, -1), x.shape[1:2]).movedim(-1, 1)
+
+
 def mixed(x):
     """The positions by their likeness to each other."""
     x = x.flatten(2)
@@ -158,10 +163,16 @@ MOVES = (
     lambda x: x.repeat_interleave(2, -1),
     lambda x: torch.cat(x.chunk(2, 1)[::-1], 1),
 )
-PAIRS = (torch.sub, torch.mul, torch.maximum, torch.minimum, torch.add)
+PAIRS = (
+    *(torch.sub, torch.mul, torch.maximum, torch.minimum, torch.add),
+    lambda x, y: x / (1 + y.abs()),
+    lambda x, y: torch.where(x > y, x, 0.5 * y),
+)
 FUNCTIONS = (
     *(torch.tanh, torch.sigmoid, F.gelu, F.silu, F.elu, F.softplus, F.mish, F.hardswish, F.hardsigmoid, torch.abs),
     *(torch.square, lambda x: F.leaky_relu(x, 0.3), lambda x: x.clamp(-0.5, 1.75), lambda x: x**3),
+    *(lambda x: torch.where(x > 0.25, x, 0.1 * x - 0.2), lambda x: x / (1 + x.abs()), F.softsign, torch.floor),
+    *(lambda x: x * ((x > -1) & (x < 1)), lambda x: x * torch.sigmoid(1.5 * x), lambda x: 2 * torch.tanh(x / 2 + 1)),
 )
 SUMS = (
     lambda x: x.sum(-1, keepdim=True),
@@ -303,8 +314,9 @@ class _Drawing:
                 self.add(Functional(self.pick(*SUMS)))
             case "gate":
                 self.gate()
-            case "layer norm" if channels in (2, 4):
-                self.add(Functional(layer_normalized))
+            case "layer norm":
+                normalized = layer_normalized if channels in (2, 4) else divided_by_root_mean_square
+                self.add(Functional(normalized))
             case "softmax":
                 self.add(Functional(self.pick(lambda x: torch.softmax(x, 1), lambda x: torch.softmax(x, -1))))
             case "steps":
@@ -331,7 +343,7 @@ class _Drawing:
 
     def steps(self) -> None:
         kind, settings = self.pick((nn.GRU, {}), (nn.LSTM, {}), (nn.RNN, {}), (nn.RNN, {"nonlinearity": "relu"}))
-        layers = {"num_layers": self.pick(1, 1, 2), "bias": self.draw(EITHER)}
+        layers = {"num_layers": self.pick(1, 1, 2), "bias": self.draw(EITHER), "bidirectional": self.pick(False, True)}
         layer = kind(self.shape[0], self.draw(st.integers(1, 3)), batch_first=True, **layers, **settings)
         self.add(Stepped(layer, last=self.draw(EITHER)))
 

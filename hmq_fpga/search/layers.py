@@ -5,6 +5,7 @@ Tensors are PyTorch's: the batch first, then for images the channels.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -48,6 +49,21 @@ class Activation(nn.Module):
         return torch.relu(x) if self.relu else x
 
 
+def _composed(x: Tensor, outer: Callable[[Tensor], Tensor], inner: Callable[[Tensor], Tensor]) -> Tensor:
+    return outer(inner(x))
+
+
+def _slopes(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Derivatives of a function; zero where it has none to tell."""
+    x = x.clone().requires_grad_()
+    try:
+        with torch.enable_grad():
+            values = function(x)
+            return torch.autograd.grad(values.sum(), x)[0] if values.requires_grad else torch.zeros_like(x)
+    except RuntimeError:  # computed by something else than PyTorch
+        return torch.zeros_like(x)
+
+
 class Function(nn.Module):
     """A function of one value, in hardware a table from the codes that it reads to those of its own format.
 
@@ -65,7 +81,15 @@ class Function(nn.Module):
         with torch.no_grad():
             values = function(swept)
         self.signed = bool((values < 0).any())
-        self._is_finite = bool(values.isfinite().all())
+        self._is_finite = bool(values.isfinite().all() and _slopes(function, swept).isfinite().all())
+
+    def of(self, function: Callable[[Tensor], Tensor]) -> Function:
+        """The same function of what another one makes."""
+        return Function(self.name, functools.partial(_composed, outer=self.function, inner=function))
+
+    def then(self, function: Callable[[Tensor], Tensor]) -> Function:
+        """Another function of what this one makes."""
+        return Function(self.name, functools.partial(_composed, outer=function, inner=self.function))
 
     def forward(self, x: Tensor) -> Tensor:
         """Tensor before its quantizer, of any shape; where the function has no value, zero and no gradient."""

@@ -1,3 +1,4 @@
+import math
 import warnings
 from dataclasses import dataclass
 
@@ -341,7 +342,83 @@ class Partial(nn.Module):
         return self.last(torch.cat([torch.log(x + 1), torch.sqrt(x)], 1))
 
 
+class Compared(nn.Module):
+    """Truth values of two tensors, of channels with numbers of their own, and of what else decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(10, 2)
+        self.register_buffer("least", torch.tensor([-0.25, 0.0, 0.5]))
+
+    def forward(self, x):
+        a, b = self.first(x), F.relu(self.second(x))
+        larger = (a >= b) & ~(a == b)
+        either = (a > self.least) | (b <= 0.25)
+        missing = (x[:, :1] == 0).float()
+        return self.last(torch.cat([torch.where(larger, a, -b), a * either, b.masked_fill(a != b, 1.0), missing], 1))
+
+
+class Divided(nn.Module):
+    """Quotients of two values, and norms that are written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 4), nn.Linear(6, 4), nn.Linear(16, 2)
+
+    def forward(self, x):
+        a, b = self.first(x), self.second(x)
+        e = torch.exp(-F.relu(a))
+        spread = (b - b.mean(1, keepdim=True)) / (b.std(1, keepdim=True) + 0.125)
+        whitened = (a - a.mean(1, keepdim=True)) / torch.sqrt(a.var(1, keepdim=True, unbiased=False) + 0.125)
+        return self.last(torch.cat([a / (1 + b.abs()), e / e.sum(1, keepdim=True), spread, whitened], 1))
+
+
+class Normalized(nn.Module):
+    """Norms of a sample's own values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.rms = nn.Conv2d(2, 8, 3, padding=1), nn.RMSNorm(6)
+        self.groups, self.each = nn.GroupNorm(4, 8), nn.InstanceNorm2d(8, affine=True)
+        self.known = nn.InstanceNorm2d(8, track_running_stats=True)
+        self.middle, self.last = nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x):  # (batch, 2, 4, 2)
+        x = F.relu(self.groups(self.first(x)))
+        x = F.relu(self.each(x)) + self.known(x)
+        return F.linear(F.normalize(self.rms(self.middle(x.amax((2, 3))))), F.normalize(self.last.weight))
+
+
+class BothWays(nn.Module):
+    """A recurrent layer forwards and backwards: all states, the last ones, and a sum over what has been."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(3, 2, num_layers=2, batch_first=True, bidirectional=True)
+        self.gru, self.last = nn.GRU(4, 2, bidirectional=True), nn.Linear(8, 2)
+
+    def forward(self, x):  # (batch, 3, 3)
+        states, _ = self.lstm(x)
+        _, hidden = self.gru(torch.cumsum(states, 1).transpose(0, 1))
+        return self.last(torch.cat([hidden[0], hidden[1], states[:, -1]], 1))
+
+
 MODELS = {
+    "compared": (Compared, (4,)),
+    "divided": (Divided, (6,)),
+    "normalized": (Normalized, (2, 4, 2)),
+    "both ways": (BothWays, (3, 3)),
+    "padding that is not counted, or of another number": (
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 2, 2),
+            nn.ReLU(),
+            nn.ConstantPad2d((0, 1, 2, 0), 0.5),
+            nn.AvgPool2d(3, 2, 1, count_include_pad=False),
+            nn.Flatten(),
+            nn.Linear(24, 2),
+        ),
+        (1, 6, 6),
+    ),
     "constants": (Constants, (4, 3)),
     "turned": (Turned, (5, 3)),
     "numbers": (Numbers, (4,)),
@@ -676,7 +753,7 @@ class Written(Shift):
 class Chosen(Shift):
     def forward(self, x):
         x = self.fc(x)
-        return torch.where(x > 0, x, x / 4)
+        return x > 0
 
 
 class Cast(Shift):
@@ -729,13 +806,8 @@ class Shared(nn.Module):
     [
         (nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6)), (4,), r"'1' \(LayerNorm\): .*use BatchNorm"),
         (nn.Sequential(nn.Linear(4, 4), nn.LogSoftmax(1), nn.Linear(4, 2)), (4,), r"'1' \(LogSoftmax\): .*end only"),
-        (nn.Sequential(nn.Conv2d(1, 1, 1), nn.ConstantPad2d(1, 0.5)), (1, 3, 3), "with zeros"),
+        (nn.Sequential(nn.Conv2d(1, 1, 1), nn.ConstantPad2d(1, -math.inf)), (1, 3, 3), "constant that is not finite"),
         (nn.Sequential(nn.Conv2d(1, 1, 1), nn.AdaptiveAvgPool2d(2)), (1, 3, 3), "unequal size"),
-        (
-            nn.Sequential(nn.AvgPool2d(3, 1, 1, count_include_pad=False), nn.Flatten(), nn.Linear(4, 2)),
-            (1, 2, 2),
-            "True",
-        ),
         (nn.Sequential(nn.AvgPool2d(2, ceil_mode=True), nn.Flatten(), nn.Linear(4, 2)), (1, 3, 3), "ceil_mode=False"),
         (nn.Sequential(nn.Conv2d(1, 1, 1), nn.UpsamplingBilinear2d(scale_factor=2)), (1, 2, 2), "align_corners=False"),
         (nn.Sequential(nn.LSTM(4, 3)), (5, 4), r"'0' \(LSTM\): recurrent"),
@@ -773,9 +845,9 @@ class Shared(nn.Module):
             "'0' does not know its sizes yet; call the model",
         ),
         (nn.Linear(4, 2), (3, 3, 3, 4), r"samples of shape \(3, 3, 3, 4\), hardware takes .* reshape them in forward"),
-        (nn.GRU(2, 3, batch_first=True, bidirectional=True), (4, 2), r"GRU: recurrent layers are .* one direction"),
+        (nn.Sequential(nn.Conv2d(1, 6, 1), nn.GroupNorm(2, 6)), (1, 3, 3), r"'1' \(GroupNorm\): .* of 27 values"),
         (Written(), (4,), r"in test_graph.py:\d+: writes into a tensor; make a new one"),
-        (Chosen(), (4,), r"'gt' \(gt\) in test_graph.py:\d+: compares .*; use ReLU"),
+        (Chosen(), (4,), r"'gt' \(gt\) in test_graph.py:\d+: is true or false; make a number of it"),
         (Cast(), (4,), "a part that runs in its own way, as under autocast"),
         (Data(), (4,), "cannot read Data: forward must return a tensor, or a tuple, list or dictionary"),
         (Exits(), (4,), r"in test_graph.py:\d+: 3"),

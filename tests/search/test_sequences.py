@@ -118,10 +118,11 @@ class Crossed(nn.Module):
         return x[:, 0].T @ x[:, 0]
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
 @pytest.mark.parametrize(
     ("model", "shape", "message"),
     [
-        (nn.GRU(3, 4, bidirectional=True, batch_first=True), (4, 3), "one direction"),
+        (nn.LSTM(3, 4, proj_size=2, batch_first=True), (4, 3), "without proj_size"),
         (Masked(), (4, 3), "values are others than 0 and -inf"),
         (Crossed(), (4, 3), "multiplies matrices of two values|the batch as its first"),
     ],

@@ -259,8 +259,11 @@ def _conv_transpose(
 # --- constants -------------------------------------------------------------------------------------------------------
 
 
-@entry(about=("folded into the layer before or after where that is exact, else a scale and an exact shift per channel"))
-def _batch_norm(
+@entry(
+    "batch_norm",
+    about="folded into the layer before or after where that is exact, else a scale and an exact shift per channel",
+)
+def batch_norm(
     r: Reader,
     x: Value,
     weight: Any,
@@ -271,6 +274,7 @@ def _batch_norm(
     momentum: float,  # noqa: ARG001
     eps: float,
 ) -> Value:
+    """What is known of the training set takes the place of a sample's own statistics."""
     if training or running_mean is None:
         raise UnsupportedLayer("BatchNorm needs track_running_stats=True")
     scale = torch.rsqrt(running_var + eps) * (1 if weight is None else weight)
@@ -347,14 +351,22 @@ def _mul(r: Reader, x: Any, other: Any) -> Value:
     return scaled(r, x, other, 0) if isinstance(x, Value) else scaled(r, other, x, 0)
 
 
-@entry("div", "divide", "true_divide", about="by a constant: folded as a BatchNorm is")
+@entry(
+    *("div", "divide", "true_divide"),
+    about=(
+        "by a constant: folded as a BatchNorm is; by a value: an exact product with a table of its reciprocal, or one "
+        "table where both depend on one value alone"
+    ),
+)
 def _div(r: Reader, x: Any, other: Any, rounding_mode: Any = None) -> Value:
-    if isinstance(other, Value) or rounding_mode is not None:
-        raise UnsupportedLayer(
-            "divides by a value that depends on the input, or rounds; divide by a constant, or multiply by a function "
-            "such as torch.reciprocal"
-        )
-    return scaled(r, x, 1 / torch.as_tensor(other, dtype=torch.float64), 0)
+    if rounding_mode is not None:
+        raise UnsupportedLayer("rounds a value that depends on the input; hardware rounds by itself")
+    if not isinstance(other, Value):
+        return scaled(r, x, 1 / torch.as_tensor(other, dtype=torch.float64), 0)
+    if alone := r.of_one_value():
+        return alone
+    inverse = r.layer(Function("reciprocal", torch.reciprocal), other, shape=other.shape, name="reciprocal")
+    return _mul(r, x, inverse)  # type: ignore[no-any-return]
 
 
 @entry("neg", "negative", about="folded as a BatchNorm is")
@@ -406,10 +418,17 @@ def _lerp(r: Reader, x: Any, end: Any, weight: Any) -> Value:
     return _add(r, _mul(r, x, 1 - weight), _mul(r, end, weight))  # type: ignore[no-any-return]
 
 
-@entry(about="where the condition is a constant: a scale and a shift, folded as a BatchNorm is")
+@entry(
+    about=(
+        "of one value alone, as in `torch.where(x > 0, x, 0.1 * x)`: a table; where a function of one value decides: "
+        "exact products with a table of 0 and 1; by a constant: a scale and a shift, folded as a BatchNorm is"
+    )
+)
 def _where(r: Reader, condition: Any, x: Any, other: Any) -> Value:
-    if isinstance(condition, Value):
-        raise UnsupportedLayer("chooses by a value that depends on the input; use ReLU, clamp, maximum or minimum")
+    if isinstance(condition, Value):  # other + condition * (x - other)
+        if not isinstance(x, Value) and not isinstance(other, Value):
+            return scaled(r, condition, x - other, other)
+        return _add(r, other, _mul(r, condition, _sub(r, x, other)))  # type: ignore[no-any-return]
     chosen = condition.double()
     if isinstance(x, Value) and isinstance(other, Value):
         return _add(r, _mul(r, x, chosen), _mul(r, other, 1 - chosen))  # type: ignore[no-any-return]
@@ -441,7 +460,8 @@ def _scalar(constant: Any) -> float:
     "concatenate",
     about="of any number of values, along any dimension, on the finest of their grids; constants are a shift of zeros",
 )
-def _cat(r: Reader, tensors: Sequence[Any], dim: int = 0) -> Value:
+def cat(r: Reader, tensors: Sequence[Any], dim: int = 0) -> Value:
+    """Values side by side along a dimension of the whole batch."""
     tensors = [v for v in tensors if not (isinstance(v, Tensor) and not v.numel())]
     values = [v for v in tensors if isinstance(v, Value)]
     axis = dim % len(r.full_shape(values[0]))
@@ -480,8 +500,51 @@ def stack(r: Reader, tensors: Sequence[Any], dim: int = 0) -> Value:
     dim = dim % (dims + 1)
     along = dim or 1  # before the batch: behind it, and then the two change places
     parts = [r.moved(v, lambda i: i.unsqueeze(along)) if isinstance(v, Value) else v.unsqueeze(along) for v in tensors]
-    made = _cat(r, parts, along)
+    made = cat(r, parts, along)
     return made if dim else r.moved(made, lambda i: i.transpose(0, 1))  # type: ignore[no-any-return]
+
+
+# --- truth values ----------------------------------------------------------------------------------------------------
+
+
+_COMPARISONS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    **dict.fromkeys(["gt", "greater"], torch.gt),
+    **dict.fromkeys(["lt", "less"], torch.lt),
+    **dict.fromkeys(["ge", "greater_equal"], torch.ge),
+    **dict.fromkeys(["le", "less_equal"], torch.le),
+    "eq": torch.eq,
+    **dict.fromkeys(["ne", "not_equal"], torch.ne),
+}
+
+
+@entry(
+    *_COMPARISONS, about="a table of 0 and 1, of the exact difference; of one value alone, one table with what reads it"
+)
+def _compared(r: Reader, x: Any, other: Any) -> Value:
+    if len(r.pointwise.chain(r.node)) > 1:
+        raise UnsupportedLayer("is true or false; make a number of it, as by .float() or torch.where")
+    difference, (name, _) = _sub(r, x, other), r.function()
+    truth = functools.partial(_truth, compare=_COMPARISONS[name])
+    return r.layer(Function(name, truth), difference, shape=difference.shape)
+
+
+def _truth(x: Tensor, compare: Callable[[Tensor, float], Tensor]) -> Tensor:
+    return compare(x, 0).to(x.dtype)
+
+
+@entry("logical_and", "bitwise_and", "__and__", about="a product of 0 and 1")
+def _and(r: Reader, x: Value, other: Value) -> Value:
+    return _mul(r, x, other)  # type: ignore[no-any-return]
+
+
+@entry("logical_or", "bitwise_or", "__or__", about="the larger one of 0 and 1")
+def _or(r: Reader, x: Value, other: Value) -> Value:
+    return _maximum(r, x, other)  # type: ignore[no-any-return]
+
+
+@entry("logical_not", "bitwise_not", about="1 less 0 or 1")
+def _not(r: Reader, x: Value) -> Value:
+    return scaled(r, x, -1, 1)
 
 
 # --- functions of one value ------------------------------------------------------------------------------------------
@@ -630,8 +693,8 @@ def _no_indices(r: Reader) -> None:
     "avg_pool1d",
     "avg_pool2d",
     about=(
-        "exact sums; where a window does not hold a power of two of values, the nearest weights take the "
-        "rest of the divisor; padding is counted"
+        "exact sums; where a window does not hold a power of two of values, the nearest weights take the rest of the "
+        "divisor; where padding is not counted, a scale for each place"
     ),
 )
 def _avg_pool(
@@ -651,15 +714,22 @@ def _avg_pool(
         raise UnsupportedLayer(
             "average pooling whose windows reach beyond the edge is not supported; use ceil_mode=False"
         )
+    divisor = divisor_override
+    if any(pads) and not count_include_pad and not divisor:
+        divisor = _counted(x.shape[1:], window, steps, pads)
     if any(pads):
-        if not count_include_pad:
-            raise UnsupportedLayer("average pooling with padding is supported with count_include_pad=True")
         grown = tuple(n + 2 * p for n, p in zip(x.shape[1:], pads, strict=True))
         x = r.layer(Pad(tuple((p, p) for p in pads)), x, shape=(x.shape[0], *grown), name="padding")
-    if divisor_override:
-        sums = r.layer(AvgPool(window, steps, 1), x)
-        return scaled(r, sums, 1 / divisor_override, 0)
-    return r.layer(AvgPool(window, steps), x)
+    if divisor is None:
+        return r.layer(AvgPool(window, steps), x)
+    return scaled(r, r.layer(AvgPool(window, steps, 1), x), 1 / divisor, 0)
+
+
+def _counted(size: Shape, window: Shape, steps: Shape, pads: Shape) -> Tensor:
+    """How many values of an image each window covers, padding left out."""
+    ones = nn.functional.pad(torch.ones(1, 1, *size), [p for p in reversed(pads) for _ in range(2)])
+    sums: Tensor = AvgPool(window, steps, 1)(ones)[0]
+    return sums
 
 
 @entry("adaptive_avg_pool1d", "adaptive_avg_pool2d", about="as `avg_pool2d`, to sizes that divide")
@@ -740,6 +810,14 @@ def _sum(r: Reader, x: Value, dim: Any = None, keepdim: bool = False) -> Value:
     return reduced(r, x, dim, keepdim, sum_of)
 
 
+@entry(about="a dense layer of ones and zeros")
+def _cumsum(r: Reader, x: Value, dim: int) -> Value:
+    last = r.moved(x, lambda i: i.transpose(dim, -1))
+    size = last.shape[-1]
+    made = linear_layer(r, last, torch.ones(size, size, dtype=torch.float64).tril(), None, last.shape)
+    return r.moved(made, lambda i: i.transpose(dim, -1))  # type: ignore[no-any-return]
+
+
 @entry(about="over any dimensions but the batch's")
 def _amax(r: Reader, x: Value, dim: Any = None, keepdim: bool = False) -> Value:
     return reduced(r, x, dim, keepdim, largest)
@@ -759,11 +837,17 @@ def _glu(r: Reader, x: Value, dim: int = -1) -> Value:
 # --- sizes -----------------------------------------------------------------------------------------------------------
 
 
-@entry("pad", "constant_pad_nd", "zero_pad", about="of zeros, or of values of the edge")
+@entry(
+    "pad",
+    "constant_pad_nd",
+    "zero_pad",
+    about="of zeros, or of values of the edge; of another number: a shift for each place",
+)
 def _pad(r: Reader, x: Value, pad: Sequence[int], mode: str = "constant", value: Any = None) -> Value:
     dims, sides = len(x.shape) - 1, list(zip(pad[::2], pad[1::2], strict=True))[::-1]
     if mode == "constant" and value:
-        raise UnsupportedLayer("padding is supported with zeros or with values of the edge")
+        outside = 1 - nn.functional.pad(torch.ones(1, *x.shape, dtype=torch.float64), list(pad))
+        return scaled(r, _pad(r, x, pad), 1, outside * value)
     if mode == "constant" and dims in (1, 2) and len(sides) <= dims and min(pad) >= 0:
         return r.layer(Pad((*((0, 0),) * (dims - len(sides)), *sides)), x)
     return r.moved(x, lambda i: nn.functional.pad(i, list(pad), mode))  # type: ignore[no-any-return]
@@ -796,13 +880,6 @@ def _each(value: Any, dims: int) -> tuple[int, ...]:
 
 
 refused(
-    "group_norm",
-    "native_group_norm",
-    "instance_norm",
-    "rms_norm",
-    reason="divides by a deviation of its own input, which has no exact integer form; use BatchNorm",
-)
-refused(
     "embedding",
     "embedding_bag",
     reason="looks rows up by a number; give their values as inputs, or one-hot inputs to a Linear",
@@ -813,10 +890,6 @@ refused(
     "max_pool3d",
     "avg_pool3d",
     reason="works on three dimensions; one or two are supported",
-)
-refused(
-    *("gt", "lt", "ge", "le", "eq", "ne", "greater", "less", "greater_equal", "less_equal", "logical_not"),
-    reason="compares a value that depends on the input; use ReLU, clamp, maximum or minimum",
 )
 refused(
     *("fill", "copy", "index_put", "masked_scatter", "slice_scatter", "select_scatter"),

@@ -27,11 +27,13 @@ from hmq_fpga.search.layers import (
     Affine,
     AvgPool,
     Concat,
+    Function,
     MaxPool,
     Move,
 )
 from hmq_fpga.search.reading.draft import Draft
 from hmq_fpga.search.reading.exported import BATCH, Exported, place
+from hmq_fpga.search.reading.pointwise import Pointwise, is_pointwise
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +71,19 @@ class Label:
     where: str
 
 
+@dataclass(frozen=True, eq=False)
+class Unread:
+    """What depends on the input and has no layer, as a comparison; maybe it has one with what is made of it.
+
+    Attributes:
+        node: that makes it.
+        reason: why it has none.
+    """
+
+    node: fx.Node
+    reason: UnsupportedLayer
+
+
 Read = Callable[..., Any]
 
 
@@ -92,6 +107,7 @@ class Reader:
         self._parameters: dict[Tensor, nn.Parameter] = {}  # a tensor is known by what it is, not by its values
         self._derived: dict[tuple[Tensor, str], Tensor] = {}
         self._doubled: dict[tuple[int, Shape], Tensor] = {}
+        self.pointwise = Pointwise(self._values, lambda value: isinstance(value, Value | Unread))
         self.label = Label("", "", "", "model")
         self.node: fx.Node
 
@@ -137,7 +153,7 @@ class Reader:
         if name.startswith(("_assert", "sym_constrain")) or not (node.users or mutates):
             return
         given: Any = fx.map_arg((node.args, node.kwargs), lambda n: self._values.get(n))
-        values = [v for v in tree_leaves(given) if isinstance(v, Value | Finished)]
+        values = [v for v in tree_leaves(given) if isinstance(v, Value | Finished | Unread)]
         result: Any
         if name == "sym_size":
             x, dim = given[0]
@@ -149,15 +165,65 @@ class Reader:
         else:
             self.label = self._labelled(node, name)
             try:
-                result = self._apply(node, name, given, values)
-            except UnsupportedLayer as error:
-                raise UnsupportedLayer(f"{self.label.where}: {error}") from error
+                result = self._read(node, name, given, values)
+            except UnsupportedLayer:
+                raise
             except Exception as error:  # an operation as nobody wrote it yet
                 reason = str(error).strip().partition("\n")[0] or repr(error)
                 raise UnsupportedLayer(f"{self.label.where}: cannot be read: {reason}; write it otherwise") from error
         self._values[node] = result
         if mutates:
             self._values[node.args[0]] = result  # type: ignore[index]
+
+    def _read(self, node: fx.Node, name: str, given: Any, values: list[Any]) -> Any:
+        """By the table; else as a function of one value, together with what was made of that before."""
+        unread = [v for v in values if isinstance(v, Unread)]
+        try:
+            if not unread:
+                alone = self.of_one_value(node) if self._is_written_out(node) else None
+                return alone or self._apply(node, name, given, values)
+            reason = unread[0].reason
+        except UnsupportedLayer as error:
+            reason = UnsupportedLayer(f"{self.label.where}: {error}")
+        if len(self.pointwise.chain(node)) > 1:
+            made = self.of_one_value(node) if _is_real(node.meta["val"]) else None
+            return made or Unread(node, reason)
+        if made := self._of_truths(node, name, given, values):
+            return made
+        if is_pointwise(node):
+            return Unread(node, reason)
+        raise reason
+
+    def _is_written_out(self, node: fx.Node) -> bool:
+        """Whether an operation joins what was made of one value, a table among it: one table does it all."""
+        source, *_ = [*self.pointwise.chain(node)[1:], None]
+        if source is None or len(self.pointwise.sources(node)) < 2:
+            return False
+        made = (self._values.get(step) for step in self.pointwise.steps(node, source))
+        layers = (self.draft.layers.get(value.tensor) for value in made if isinstance(value, Value))
+        return any(isinstance(layer, Function) for layer in layers)
+
+    def of_one_value(self, node: fx.Node | None = None) -> Value | None:
+        """A table for the operation, where it is a function of one value that has been read, element by element."""
+        node = node or self.node
+        for source in self.pointwise.chain(node)[1:]:
+            value = self._values[source]
+            if isinstance(value, Value) and _is_real(source.meta["val"]):
+                function = Function(self.label.kind, self.pointwise.function(node, source))
+                return self.layer(function, value, shape=value.shape)
+        return None
+
+    def _of_truths(self, node: fx.Node, name: str, given: Any, values: list[Any]) -> Any:
+        """By the table, from truth values as tables of 0 and 1; None where there are none, or it cannot."""
+        unread = [v for v in values if isinstance(v, Unread)]
+        for truth in unread:
+            if (made := self.of_one_value(truth.node)) is None:
+                return None
+            given, values = _replaced((given, values), truth, made)
+        try:
+            return self._apply(node, name, given, values) if unread else None
+        except UnsupportedLayer:
+            return None
 
     def _apply(self, node: fx.Node, name: str, given: Any, values: list[Any]) -> Any:
         if isinstance(values[0], Finished) and name not in FINALS:
@@ -193,6 +259,8 @@ class Reader:
 
     def _end(self, node: fx.Node) -> None:
         returned: list[Any] = [self._values.get(n) if isinstance(n, fx.Node) else n for n in node.args[0]]  # type: ignore[union-attr]
+        for unread in (v for v in returned if isinstance(v, Unread)):
+            raise unread.reason
         self.label = Label("output", "output", "output", "model")
         if not returned or any(not isinstance(v, Value | Finished) for v in returned):
             raise UnsupportedLayer("model: forward must return a tensor that it computed, or a tuple of such")

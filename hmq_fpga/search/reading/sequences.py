@@ -15,6 +15,8 @@ from hmq_fpga.ir.ops import Shape
 from hmq_fpga.search.layers import Activation, Add, Below, Function, Multiply, Subtract
 from hmq_fpga.search.reading.exported import BATCH
 from hmq_fpga.search.reading.operations import (
+    batch_norm,
+    cat,
     largest,
     linear_layer,
     mean_of,
@@ -159,8 +161,48 @@ def _of_each_row(allowed: Tensor, shape: Shape) -> Tensor:
 # --- normalisation ---------------------------------------------------------------------------------------------------
 
 
-def _inverse_root(x: Tensor, eps: float) -> Tensor:
-    return torch.rsqrt(x.clamp(min=0) + eps)
+def _inverse_root(x: Tensor, eps: float, values: int) -> Tensor:
+    """Of a mean, or of a sum of so many values."""
+    return torch.rsqrt(x.clamp(min=0) / values + eps)
+
+
+def _repeated(r: Reader, one: Value, shape: Shape) -> Value:
+    spread: Value = r.moved(one, lambda i: i.expand(len(i), *shape))
+    return spread
+
+
+def _by_root_mean_square(r: Reader, x: Value, dims: Sequence[int], eps: float) -> Value:
+    """`x / sqrt(mean(x^2) + eps)`, of what has a format: exact squares, their exact mean or sum, a table, a product."""
+    shape, values = x.shape, math.prod(x.shape[d] for d in dims)
+    is_exact = values.bit_count() == 1
+    squares = r.layer(Multiply(), x, x, shape=shape, name="squares")
+    variance = reduced(r, squares, dims, True, mean_of if is_exact else sum_of, "squares_mean")
+    variance = r.layer(Activation(relu=True), variance, shape=variance.shape, name="variance")
+    root = Function("reciprocal root", functools.partial(_inverse_root, eps=eps, values=1 if is_exact else values))
+    inverse = _repeated(r, r.layer(root, variance, shape=variance.shape, name="inverse"), shape)
+    return r.layer(Multiply(), x, inverse, shape=shape, name="normalized")
+
+
+def _centred(r: Reader, x: Value, dims: Sequence[int]) -> Value:
+    """`x - mean(x)` in a format, of samples along the first dimension."""
+    shape, values = x.shape, math.prod(x.shape[d] for d in dims)
+    if values.bit_count() != 1:
+        raise UnsupportedLayer(f"takes means of {values} values, exact for a power of two of them only; use BatchNorm")
+    x = r.formatted(x)
+    mean = _repeated(r, reduced(r, x, dims, True, mean_of, "mean"), shape)
+    centred = r.layer(Subtract(quantized=False), x, mean, shape=shape, name="difference")
+    return r.layer(Activation(relu=False), centred, shape=shape, name="centred")
+
+
+def _standardized(r: Reader, x: Value, dims: Sequence[int], eps: float) -> Value:
+    """`(x - mean(x)) / sqrt(var(x) + eps)`, of samples along the first dimension."""
+    return _by_root_mean_square(r, _centred(r, x, dims), dims, eps)
+
+
+def _with_weight(r: Reader, x: Value, weight: Any, bias: Any = None) -> Value:
+    if weight is None and bias is None:
+        return x
+    return scaled(r, x, 1 if weight is None else weight, 0 if bias is None else bias)
 
 
 @entry(
@@ -180,28 +222,105 @@ def _layer_norm(
     cudnn_enable: bool = True,  # noqa: ARG001
 ) -> Value:
     (x,), back, _ = r.turned(x)
-    values, dims = math.prod(normalized_shape), [-1 - n for n in range(len(normalized_shape))]
-    if values.bit_count() != 1:
-        raise UnsupportedLayer(f"takes means of {values} values, exact for a power of two of them only; use BatchNorm")
-    x = r.formatted(x)
-    shape = x.shape
-
-    def repeated(one: Value) -> Value:
-        spread: Value = r.moved(one, lambda i: i.expand(len(i), *shape))
-        return spread
-
-    mean = repeated(reduced(r, x, dims, True, mean_of, "mean"))
-    centred = r.layer(Subtract(quantized=False), x, mean, shape=shape, name="difference")
-    centred = r.layer(Activation(relu=False), centred, shape=shape, name="centred")
-    squares = r.layer(Multiply(), centred, centred, shape=shape, name="squares")
-    variance = reduced(r, squares, dims, True, mean_of, "squares_mean")
-    variance = r.layer(Activation(relu=True), variance, shape=variance.shape, name="variance")
-    root = Function("reciprocal root", functools.partial(_inverse_root, eps=eps))
-    inverse = repeated(r.layer(root, variance, shape=variance.shape, name="inverse"))
-    made = r.layer(Multiply(), centred, inverse, shape=shape, name="normalized")
-    if weight is not None or bias is not None:
-        made = scaled(r, made, 1 if weight is None else weight, 0 if bias is None else bias)
+    made = _standardized(r, x, [-1 - n for n in range(len(normalized_shape))], eps)
+    made = _with_weight(r, made, weight, bias)
     return r.moved(made, back) if back else made
+
+
+@entry(about="as `layer_norm`, without the mean, over any number of values")
+def _rms_norm(
+    r: Reader, x: Value, normalized_shape: Sequence[int], weight: Any = None, eps: float | None = None
+) -> Value:
+    (x,), back, _ = r.turned(x)
+    least = torch.finfo(torch.float32).eps if eps is None else eps
+    made = _by_root_mean_square(r, r.formatted(x), [-1 - n for n in range(len(normalized_shape))], least)
+    made = _with_weight(r, made, weight)
+    return r.moved(made, back) if back else made
+
+
+@entry(about="as `layer_norm`, of the channels of each group")
+def _group_norm(
+    r: Reader,
+    x: Value,
+    num_groups: int,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,  # noqa: ARG001
+) -> Value:
+    shape = x.shape
+    groups = r.moved(x, lambda i: i.reshape(len(i), num_groups, -1))
+    made = r.reshaped(_standardized(r, groups, [-1], eps), shape)
+    weight, bias = (c if c is None else c.reshape(-1, *(1 for _ in shape[1:])) for c in (weight, bias))
+    return _with_weight(r, made, weight, bias)
+
+
+@entry(about="as `group_norm`, of each channel; with statistics of its own as a BatchNorm")
+def _instance_norm(
+    r: Reader,
+    x: Value,
+    weight: Any,
+    bias: Any,
+    running_mean: Any,
+    running_var: Any,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,  # noqa: ARG001
+) -> Value:
+    if not use_input_stats:
+        return batch_norm(r, x, weight, bias, running_mean, running_var, False, momentum, eps)  # type: ignore[no-any-return]
+    return _group_norm(r, x, x.shape[0], weight, bias, eps)  # type: ignore[no-any-return]
+
+
+def _variance(r: Reader, x: Value, dim: Any, correction: float, keepdim: bool) -> Value:
+    if not r.is_batch_first(x):
+        raise UnsupportedLayer("is supported with the batch as the first dimension")
+    full = r.full_shape(x)
+    dims = [d % len(full) - len(full) for d in ((dim,) if isinstance(dim, int) else dim or range(1, len(full)))]
+    centred = _centred(r, r.settled(x), dims)
+    values = math.prod(full[d] for d in dims)
+    squares = r.layer(Multiply(), centred, centred, shape=centred.shape, name="squares")
+    mean = reduced(r, squares, dims, keepdim, mean_of, "squares_mean")
+    return scaled(r, mean, values / (values - correction), 0)
+
+
+@entry(about="over a power of two of values: exact means of values and squares")
+def _var(
+    r: Reader,
+    x: Value,
+    dim: Any = None,
+    unbiased: bool = True,
+    correction: float | None = None,
+    keepdim: bool = False,
+) -> Value:
+    return _variance(r, x, dim, int(unbiased) if correction is None else correction, keepdim)
+
+
+@entry(about="a table of the root of `var`")
+def _std(
+    r: Reader,
+    x: Value,
+    dim: Any = None,
+    unbiased: bool = True,
+    correction: float | None = None,
+    keepdim: bool = False,
+) -> Value:
+    variance = _variance(r, x, dim, int(unbiased) if correction is None else correction, keepdim)
+    return r.layer(Function("root", _root), variance, shape=variance.shape)
+
+
+@entry("linalg_vector_norm", about="of order 2: exact squares, their exact sum, a table of the root")
+def _vector_norm(r: Reader, x: Value, ord: float = 2, dim: Any = None, keepdim: bool = False) -> Value:
+    if ord != 2:
+        raise UnsupportedLayer("is supported for order 2")
+    squares = r.layer(Multiply(), x, x, shape=x.shape, name="squares")
+    sums = reduced(r, squares, dim, keepdim, sum_of, "sums")
+    return r.layer(Function("root", _root), sums, shape=sums.shape)
+
+
+def _root(x: Tensor) -> Tensor:
+    return x.clamp(min=0).sqrt()
 
 
 # --- recurrent layers, unrolled --------------------------------------------------------------------------------------
@@ -294,26 +413,28 @@ def _unrolled(
     batch_first: bool,
 ) -> tuple[Value, list[Value]]:
     """All steps of all layers: the last layer's states, and every layer's last states as PyTorch returns them."""
-    each = 4 if has_biases else 2
-    if bidirectional or len(params) != num_layers * each:
-        raise UnsupportedLayer("recurrent layers are supported in one direction, without proj_size")
+    each, directions = 4 if has_biases else 2, 2 if bidirectional else 1
+    if len(params) != num_layers * directions * each:
+        raise UnsupportedLayer("recurrent layers are supported without proj_size")
     x = x if batch_first else r.moved(x, lambda i: i.transpose(0, 1))
     if not r.is_batch_first(x) or len(x.shape) != 2:
         raise UnsupportedLayer("recurrent layers are supported for samples of (steps, features)")
     steps = x.shape[0]
     lasts: list[State] = []
-    for n in range(num_layers):
-        weights = [require_constant(p, "weight") for p in params[n * each : (n + 1) * each]]
-        bias, hidden_bias = weights[2:] if has_biases else (None, None)
-        x = r.formatted(x)
-        state = tuple(_initial(r, x, _picked(r, s, 0, n)) for s in states)
-        made = linear_layer(r, x, weights[0], bias, (steps, len(weights[0])), "input")
-        found = []
-        for t in range(steps):
-            state = step(r, _picked(r, made, 1, t), state, weights[1], hidden_bias)
-            found.append(state[0])
-        x = stack(r, found, 1)
-        lasts.append(state)
+    for first in range(0, num_layers * directions, directions):
+        x, ways = r.formatted(x), []
+        for n in range(first, first + directions):
+            weights = [require_constant(p, "weight") for p in params[n * each : (n + 1) * each]]
+            bias, hidden_bias = weights[2:] if has_biases else (None, None)
+            state = tuple(_initial(r, x, _picked(r, s, 0, n)) for s in states)
+            made = linear_layer(r, x, weights[0], bias, (steps, len(weights[0])), "input")
+            backwards, found = n > first, {}
+            for t in reversed(range(steps)) if backwards else range(steps):
+                state = step(r, _picked(r, made, 1, t), state, weights[1], hidden_bias)
+                found[t] = state[0]
+            ways.append(stack(r, [found[t] for t in range(steps)], 1))
+            lasts.append(state)
+        x = ways[0] if len(ways) == 1 else cat(r, ways, -1)
     out = x if batch_first else r.moved(x, lambda i: i.transpose(0, 1))
     return out, [stack(r, of_layers, 0) for of_layers in zip(*lasts, strict=True)]
 
@@ -350,7 +471,9 @@ def _recurrent(names: Sequence[str], cell: str, step: Step) -> None:
         found = step(r, made, state, require_constant(w_hh, "weight"), hidden_bias)
         return found if len(found) > 1 else found[0]
 
-    entry(*names, about="unrolled: every step a layer of the same weights; one direction, all steps or the last")(layer)
+    entry(
+        *names, about="unrolled: every step a layer of the same weights; one direction or both, all steps or the last"
+    )(layer)
     entry(cell, about="one step of its layer")(one_step)
 
 

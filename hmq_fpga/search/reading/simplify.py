@@ -6,6 +6,7 @@ parameter: what is changed for one of them is its own from then on.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,7 @@ from hmq_fpga.search.layers import (
     Affine,
     AvgPool,
     Concat,
+    Function,
     Maximum,
     Minimum,
     Move,
@@ -45,6 +47,7 @@ def simplify(draft: Draft) -> None:
     pick_parts(draft)
     drop_unread(draft)
     fold_affines(draft)
+    join_tables(draft)
     settle_clips(draft)
     settle_means(draft)
 
@@ -94,7 +97,7 @@ def fold_affines(draft: Draft) -> None:
             fold_into_maker(draft, name)
     for name in _affines(draft):
         path = draft.nodes[name].path
-        into = fold_into_maker(draft, name) or fold_into_reader(draft, name)
+        into = fold_into_maker(draft, name) or fold_into_reader(draft, name) or fold_into_table(draft, name)
         if into:
             draft.notes.append(f"{path} folded into {into}")
         else:
@@ -156,6 +159,41 @@ def fold_into_reader(draft: Draft, name: str) -> str | None:
         draft.remove(name)
         return draft.path(reader)
     return None
+
+
+def fold_into_table(draft: Draft, name: str) -> str | None:
+    """Let the table before or after take a scale and a shift that are the same for all values; its path, or None."""
+    (source,) = draft.nodes[name].sources
+    affine, maker, reader = draft.layers[name], draft.layers.get(source), draft.reader(name)
+    assert isinstance(affine, Affine)
+    numbers = [values.detach().double().unique().tolist() for values in (affine.weight, affine.bias)]
+    if any(len(different) > 1 for different in numbers):
+        return None
+    function = functools.partial(_line, scale=numbers[0][0], shift=numbers[1][0])
+    if isinstance(maker, Function) and draft.reader(source) == name:
+        draft.layers[source] = maker.then(function)
+        into = source
+    elif reader and isinstance(layer := draft.layers[reader], Function):
+        draft.layers[reader] = layer.of(function)
+        into = reader
+    else:
+        return None
+    draft.remove(name)
+    return draft.path(into)
+
+
+def _line(x: Tensor, *, scale: float, shift: float) -> Tensor:
+    return x * scale + shift
+
+
+def join_tables(draft: Draft) -> None:
+    """Let a table that alone reads another one do what both do."""
+    for name in list(draft.nodes):
+        (source, *_), layer = draft.nodes[name].sources, draft.layers[name]
+        inner = draft.layers.get(source)
+        if isinstance(layer, Function) and isinstance(inner, Function) and draft.reader(source) == name:
+            draft.layers[name] = layer.of(inner.function)
+            draft.remove(source)
 
 
 def _take(layer: nn.Module, scale: Tensor, shift: Tensor) -> bool:
