@@ -354,7 +354,7 @@ class Compared(nn.Module):
         a, b = self.first(x), F.relu(self.second(x))
         larger = (a >= b) & ~(a == b)
         either = (a > self.least) | (b <= 0.25)
-        missing = (x[:, :1] == 0).float()
+        missing = (x == 0).any(1, keepdim=True).float() + (a > 0).all(1).float()[:, None]
         return self.last(torch.cat([torch.where(larger, a, -b), a * either, b.masked_fill(a != b, 1.0), missing], 1))
 
 

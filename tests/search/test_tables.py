@@ -59,6 +59,7 @@ WRITTEN_OUT = {
     "residual": lambda x: x + torch.sin(x),
     "rounded": lambda x: torch.floor(4 * x.abs()),
     "remainder": lambda x: x % 1.0,
+    "whole numbers": lambda x: x.int().float(),
     "reciprocal": lambda x: 1 / (1.5 + x.abs()),
     "scaled between": lambda x: torch.tanh(x.abs() / 2 + 1),
     "table of a table": lambda x: torch.exp(-x.abs()),

@@ -542,6 +542,16 @@ def _or(r: Reader, x: Value, other: Value) -> Value:
     return _maximum(r, x, other)  # type: ignore[no-any-return]
 
 
+@entry(about="the largest of 0 and 1, over any dimensions but the batch's")
+def _any(r: Reader, x: Value, dim: Any = None, keepdim: bool = False) -> Value:
+    return reduced(r, x, dim, keepdim, largest)
+
+
+@entry(about="the smallest of 0 and 1, over any dimensions but the batch's")
+def _all(r: Reader, x: Value, dim: Any = None, keepdim: bool = False) -> Value:
+    return _amin(r, x, dim, keepdim)  # type: ignore[no-any-return]
+
+
 @entry("logical_not", "bitwise_not", about="1 less 0 or 1")
 def _not(r: Reader, x: Value) -> Value:
     return scaled(r, x, -1, 1)

@@ -107,4 +107,6 @@ def _of_type(given: Any, dtype: torch.dtype) -> Any:
         return {name: _of_type(value, dtype) for name, value in given.items()}
     if isinstance(given, (list, tuple)):
         return type(given)(_of_type(value, dtype) for value in given)
+    if isinstance(given, Tensor):
+        return given.to(dtype) if given.is_floating_point() else given
     return dtype if isinstance(given, torch.dtype) and given.is_floating_point else given

@@ -157,7 +157,8 @@ class Reader:
         result: Any
         if name == "sym_size":
             x, dim = given[0]
-            result = self.full_shape(x)[dim]
+            shape = (BATCH, *node.args[0].meta["val"].shape[1:]) if isinstance(x, Unread) else self.full_shape(x)  # type: ignore[union-attr]
+            result = int(shape[dim])
         elif node.target is operator.getitem:
             result = given[0][0][given[0][1]]
         elif not values:

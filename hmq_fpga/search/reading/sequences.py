@@ -273,18 +273,6 @@ def _instance_norm(
     return _group_norm(r, x, x.shape[0], weight, bias, eps)  # type: ignore[no-any-return]
 
 
-def _variance(r: Reader, x: Value, dim: Any, correction: float, keepdim: bool) -> Value:
-    if not r.is_batch_first(x):
-        raise UnsupportedLayer("is supported with the batch as the first dimension")
-    full = r.full_shape(x)
-    dims = [d % len(full) - len(full) for d in ((dim,) if isinstance(dim, int) else dim or range(1, len(full)))]
-    centred = _centred(r, r.settled(x), dims)
-    values = math.prod(full[d] for d in dims)
-    squares = r.layer(Multiply(), centred, centred, shape=centred.shape, name="squares")
-    mean = reduced(r, squares, dims, keepdim, mean_of, "squares_mean")
-    return scaled(r, mean, values / (values - correction), 0)
-
-
 @entry(about="over a power of two of values: exact means of values and squares")
 def _var(
     r: Reader,
@@ -294,19 +282,19 @@ def _var(
     correction: float | None = None,
     keepdim: bool = False,
 ) -> Value:
-    return _variance(r, x, dim, int(unbiased) if correction is None else correction, keepdim)
+    if not r.is_batch_first(x):
+        raise UnsupportedLayer("is supported with the batch as the first dimension")
+    full = r.full_shape(x)
+    dims = [d % len(full) - len(full) for d in ((dim,) if isinstance(dim, int) else dim or range(1, len(full)))]
+    centred, values = _centred(r, r.settled(x), dims), math.prod(full[d] for d in dims)
+    squares = r.layer(Multiply(), centred, centred, shape=centred.shape, name="squares")
+    mean = reduced(r, squares, dims, keepdim, mean_of, "squares_mean")
+    return scaled(r, mean, values / (values - (int(unbiased) if correction is None else correction)), 0)
 
 
 @entry(about="a table of the root of `var`")
-def _std(
-    r: Reader,
-    x: Value,
-    dim: Any = None,
-    unbiased: bool = True,
-    correction: float | None = None,
-    keepdim: bool = False,
-) -> Value:
-    variance = _variance(r, x, dim, int(unbiased) if correction is None else correction, keepdim)
+def _std(r: Reader, **given: Any) -> Value:
+    variance = _var(r, **given)
     return r.layer(Function("root", _root), variance, shape=variance.shape)
 
 
