@@ -45,13 +45,16 @@ results: bench environment-hgq2
 	$(BIN)/python benchmarks/estimates.py build/results/digits_tiny_cnn build/results/magic_mlp build/results/pendigits_mlp
 	.venv-hgq2/bin/python benchmarks/hgq2.py pendigits_shallow --luts 4000 2600 1700
 	.venv-hgq2/bin/python benchmarks/hgq2.py mnist14_mlp --luts 6000 3000
-	$(BIN)/python benchmarks/frontier.py pendigits_shallow --luts 4000 2600 1700
-	$(BIN)/python benchmarks/frontier.py mnist14_mlp --luts 6000 3000
+	$(BIN)/python benchmarks/frontier.py pendigits_shallow --luts 4000 3600 2600 2350 1700 1580
+	$(BIN)/python benchmarks/frontier.py mnist14_mlp --luts 6000 5800 3000 2950
 	$(BIN)/python benchmarks/frontier.py letter_mlp --luts 20000 --no-yosys
 	$(BIN)/python benchmarks/frontier.py magic_mlp --luts 9000 4000 --no-yosys
-	$(BIN)/python benchmarks/frontier.py mnist14_wide --luts 14000
+	$(BIN)/python benchmarks/frontier.py mnist14_wide --luts 14000 13500
+	$(BIN)/python benchmarks/ablation.py pendigits_shallow --luts 1700 --seeds 8
+	$(BIN)/python benchmarks/ablation.py mnist14_mlp --luts 3000 --variants 'as built' 'saliency: magnitude alone' --seeds 8
 	$(BIN)/python benchmarks/methods.py pendigits_mlp letter_mlp --rates 6 8 10 12 14 --seeds 5
 	$(BIN)/python benchmarks/methods.py magic_mlp --methods hmq uniform --rates 8 12 14 --seeds 5
+	$(BIN)/python benchmarks/methods.py dscnn_fsdd --seeds 3
 	$(BIN)/python benchmarks/options.py pendigits_mlp letter_mlp --seeds 5
 	$(BIN)/python benchmarks/distill.py digits_mlp digits_tiny_cnn pendigits_mlp letter_mlp magic_mlp --seeds 5
 	$(BIN)/python benchmarks/dead.py digits_mlp pendigits_mlp letter_mlp magic_mlp --seeds 5

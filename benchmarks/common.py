@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from hmq_fpga.search.methods import find_scheme
 from hmq_fpga.search.metrics import accuracy
 from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.target import Target
-from hmq_fpga.search.train import Budget, Distillation, Task, finetune, fit, predict
+from hmq_fpga.search.train import Budget, Distillation, Shaping, Task, finetune, fit, predict
 from hmq_fpga.study.budgets import pruning
 from hmq_fpga.study.dataset import Dataset
 from hmq_fpga.study.tasks import TASKS, training_task
@@ -57,18 +57,33 @@ def baseline(name: str, seed: int, label_smoothing: float = 0.0) -> Baseline:
     return Baseline(model, accuracy(scores, torch.from_numpy(dataset.y_test)), dataset, training, budget)
 
 
-def quantize(base: Baseline, target: Target, *, seed: int, distill: bool) -> tuple[QModel, Scheme]:
-    """Search by `hmq` and fine-tune, as `run` does."""
+def instrumented(base: Baseline) -> QModel:
+    """The float model with quantizers."""
+    return instrument(base.model, base.training.input_shape, input_signed=base.training.input_signed)
+
+
+def quantize(
+    base: Baseline,
+    target: Target,
+    *,
+    seed: int,
+    distill: bool,
+    method: str = "hmq",
+    options: Mapping[str, Any] | None = None,
+    shaping: Callable[[QModel, Target, Task], Shaping | None] = pruning,
+) -> tuple[QModel, Scheme]:
+    """Search and fine-tune, as `run` does."""
     model, training, budget = base.model, base.training, base.budget
-    quantized = instrument(model, training.input_shape, input_signed=training.input_signed)
-    quantized, scheme, _ = find_scheme(quantized, training, budget, target, seed=seed)
+    quantized, scheme, _ = find_scheme(
+        instrumented(base), training, budget, target, method=method, options=options, seed=seed
+    )
     finetune(
         quantized,
         training,
         steps=budget.finetune_steps,
         learning_rate=budget.learning_rate,
         seed=seed,
-        shaping=pruning(quantized, target, training),
+        shaping=shaping(quantized, target, training),
         distillation=Distillation(teacher=model) if distill else None,
     )
     return quantized, scheme

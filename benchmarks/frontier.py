@@ -89,8 +89,8 @@ def page(rows: list[Row]) -> str:
     lines = [
         "## Under a bound on logic",
         "",
-        "Made by `python benchmarks/frontier.py pendigits_shallow --luts 4000 2600 1700`, the same of",
-        "`mnist14_mlp --luts 6000 3000` and `mnist14_wide --luts 14000` and, with `--no-yosys`, of",
+        "Made by `python benchmarks/frontier.py pendigits_shallow --luts 4000 3600 2600 2350 1700 1580`, the same of",
+        "`mnist14_mlp --luts 6000 5800 3000 2950` and `mnist14_wide --luts 14000 13500` and, with `--no-yosys`, of",
         "`letter_mlp --luts 20000` and of `magic_mlp --luts 9000 4000`; two cores of x86-64.",
         "",
         "| task | LUTs asked | seeds | R_w | zeros % | test % | alkaid LUT | Yosys LUT / CARRY4 / FF |",

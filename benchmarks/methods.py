@@ -1,6 +1,7 @@
 """Search methods on the same models, data, steps and fine-tuning: accuracy against the weight compression rate.
 
     python benchmarks/methods.py pendigits_mlp letter_mlp --rates 6 8 10 12 14 --seeds 5
+    python benchmarks/methods.py dscnn_fsdd --seeds 3
 
 Rows are kept in `methods.json`, and those already there are not repeated. Every method starts from the float model of
 its seed and ends with the same fine-tuning; seconds are processor time of one thread.
@@ -9,6 +10,7 @@ its seed and ends with the same fine-tuning; seconds are processor time of one t
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from itertools import product
 from pathlib import Path
@@ -31,6 +33,7 @@ from hmq_fpga.study.tasks import TASKS
 HERE = Path(__file__).parent
 ROWS = HERE / "methods.json"
 RATES = (6, 8, 10, 12, 14)
+COLUMNS = 3  # of the figure
 
 
 def main() -> None:
@@ -82,10 +85,11 @@ def page(rows: list[Row]) -> str:
     """Mean and standard deviation over seeds."""
     rows = [row for row in rows if "refused" not in row]
     lines = [
-        "Test split, mean and standard deviation over five seeds; seconds of search are processor time of one thread,",
-        "LUTs the tracer's; two cores of x86-64. Made by",
+        "Test split, mean and standard deviation over seeds; seconds of search are processor time of one thread,",
+        "LUTs the tracer's, of networks that are unrolled; two cores of x86-64. Made by",
         "`python benchmarks/methods.py pendigits_mlp letter_mlp --rates 6 8 10 12 14 --seeds 5`, and the same of",
-        "`magic_mlp --methods hmq uniform --rates 8 12 14`.",
+        "`magic_mlp --methods hmq uniform --rates 8 12 14` and of `dscnn_fsdd --seeds 3`. `zeroq` needs",
+        "BatchNorm.",
     ]
     for task in dict.fromkeys(row["task"] for row in rows):
         of_task = [row for row in rows if row["task"] == task]
@@ -120,11 +124,13 @@ def _draw(rows: list[Row], path: Path) -> None:
     with mpl.rc_context(
         {"svg.hashsalt": "methods", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     ):
-        figure = Figure(figsize=(3.4 * len(tasks), 3), layout="constrained")
-        for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        lines, columns = math.ceil(len(tasks) / COLUMNS), min(len(tasks), COLUMNS)
+        figure = Figure(figsize=(3.4 * columns, 3 * lines), layout="constrained")
+        for number, task in enumerate(tasks):
+            axes = figure.add_subplot(lines, columns, number + 1)
             of_task = [row for row in rows if row["task"] == task]
             axes.axhline(100 * np.mean([row["float"] for row in of_task]), color="0.6", lw=1, ls="--", label="float")
-            for method in METHODS:
+            for color, method in enumerate(METHODS):
                 points = [
                     (np.mean([row["actual"] for row in group]), *_mean_and_spread(group))
                     for rw in sorted({row["rw"] for row in of_task})
@@ -132,9 +138,11 @@ def _draw(rows: list[Row], path: Path) -> None:
                 ]
                 if points:
                     rates, means, spreads = zip(*points, strict=True)
-                    axes.errorbar(rates, means, spreads, marker="o", ms=3, lw=1, elinewidth=0.6, label=method)
+                    axes.errorbar(
+                        rates, means, spreads, color=f"C{color}", marker="o", ms=3, lw=1, elinewidth=0.6, label=method
+                    )
             axes.set(title=task, xlabel="actual $R_w$", ylabel="test accuracy, %")
-        axes.legend(frameon=False, fontsize="small")
+            axes.legend(frameon=False, fontsize="x-small")
         figure.savefig(path, metadata={"Date": None})
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/paper.py resnet18_cifar --device cuda
     python benchmarks/paper.py resnet20_cifar --rw 8 13 --ra 8
+    python benchmarks/paper.py resnet20_cifar --rw 8 13 --ra 8 --share 0.1
     python benchmarks/paper.py resnet20_cifar --quick --rw 13 --ra 8
 
 Killed at any moment, the same command goes on where it was. Each phase keeps its state in `--out`; what is trained is
@@ -66,6 +67,7 @@ def main() -> None:
     parser.add_argument("--rw", type=float, nargs="+", default=RATES)
     parser.add_argument("--ra", type=float, nargs="+", default=ACTIVATION_RATES)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--share", type=float, default=1.0, help="of the paper's epochs, for a processor [1]")
     parser.add_argument("--quick", action="store_true", help="a trial on few images, whose table is left in --out")
     parser.add_argument("--threads", type=int, help="of the processor [all]")
     parser.add_argument("--out", type=Path, help="where everything is kept [build/paper or build/paper-quick]")
@@ -76,7 +78,8 @@ def main() -> None:
     device = parallel.own_device(arguments.device)
     with parallel.joined(device):
         for network in arguments.networks:
-            trial = Trial(network, device, arguments.seed, arguments.out / network, quick=arguments.quick)
+            out = arguments.out / network
+            trial = Trial(network, device, arguments.seed, out, arguments.share, quick=arguments.quick)
             for ra in arguments.ra:
                 for rw in arguments.rw:
                     trial.row(ra, rw)
@@ -133,7 +136,7 @@ def shifted(x: Tensor, generator: torch.Generator) -> Tensor:
 class Trial:
     """One network: its float training, and a search and fine-tuning for each pair of rates."""
 
-    def __init__(self, network: str, device: str, seed: int, out: Path, *, quick: bool) -> None:
+    def __init__(self, network: str, device: str, seed: int, out: Path, share: float, *, quick: bool) -> None:
         self.network, self.device, self.seed, self.out = network, device, seed, out
         self.dataset, self.batch = load("cifar10_jpeg"), 32 if quick else BATCH
         if quick:
@@ -142,7 +145,7 @@ class Trial:
         plain = training_task(self.dataset, self.batch, device)
         images = Augmented(InMemory(plain.x_train, plain.y_train))
         self.task: Task = replace(plain, streams={"train": images})
-        self.steps = [20, 150, 20] if quick else [epochs * len(images) // BATCH for epochs in EPOCHS]
+        self.steps = [20, 150, 20] if quick else [int(share * epochs * len(images) / BATCH) for epochs in EPOCHS]
         kind = torch.device(device).type
         self.key = f"{network} {self.dataset.digest} {seed} {self.steps} {kind} {parallel.processes()}"
         self.model: nn.Module | None = None
