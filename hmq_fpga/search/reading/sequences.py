@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hmq_fpga.ir.errors import UnsupportedLayer
 from hmq_fpga.ir.ops import Shape
@@ -171,12 +171,17 @@ def _repeated(r: Reader, one: Value, shape: Shape) -> Value:
     return spread
 
 
+def _squared(r: Reader, x: Value, dims: Any, keepdim: bool, pool: Callable[[Shape], nn.Module], name: str) -> Value:
+    """Exact squares, and what a pooling over dimensions makes of them."""
+    squares = r.layer(Multiply(), x, x, shape=x.shape, name="squares")
+    return reduced(r, squares, dims, keepdim, pool, name)
+
+
 def _by_root_mean_square(r: Reader, x: Value, dims: Sequence[int], eps: float) -> Value:
     """`x / sqrt(mean(x^2) + eps)`, of what has a format: exact squares, their exact mean or sum, a table, a product."""
     shape, values = x.shape, math.prod(x.shape[d] for d in dims)
     is_exact = values.bit_count() == 1
-    squares = r.layer(Multiply(), x, x, shape=shape, name="squares")
-    variance = reduced(r, squares, dims, True, mean_of if is_exact else sum_of, "squares_mean")
+    variance = _squared(r, x, dims, True, mean_of if is_exact else sum_of, "squares_mean")
     variance = r.layer(Activation(relu=True), variance, shape=variance.shape, name="variance")
     root = Function("reciprocal root", functools.partial(_inverse_root, eps=eps, values=1 if is_exact else values))
     inverse = _repeated(r, r.layer(root, variance, shape=variance.shape, name="inverse"), shape)
@@ -287,8 +292,7 @@ def _var(
     full = r.full_shape(x)
     dims = [d % len(full) - len(full) for d in ((dim,) if isinstance(dim, int) else dim or range(1, len(full)))]
     centred, values = _centred(r, r.settled(x), dims), math.prod(full[d] for d in dims)
-    squares = r.layer(Multiply(), centred, centred, shape=centred.shape, name="squares")
-    mean = reduced(r, squares, dims, keepdim, mean_of, "squares_mean")
+    mean = _squared(r, centred, dims, keepdim, mean_of, "squares_mean")
     return scaled(r, mean, values / (values - (int(unbiased) if correction is None else correction)), 0)
 
 
@@ -302,8 +306,7 @@ def _std(r: Reader, **given: Any) -> Value:
 def _vector_norm(r: Reader, x: Value, ord: float = 2, dim: Any = None, keepdim: bool = False) -> Value:
     if ord != 2:
         raise UnsupportedLayer("is supported for order 2")
-    squares = r.layer(Multiply(), x, x, shape=x.shape, name="squares")
-    sums = reduced(r, squares, dim, keepdim, sum_of, "sums")
+    sums = _squared(r, x, dim, keepdim, sum_of, "sums")
     return r.layer(Function("root", _root), sums, shape=sums.shape)
 
 
