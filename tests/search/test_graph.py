@@ -347,15 +347,17 @@ class Compared(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.last = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(10, 2)
+        self.first, self.second, self.last = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(13, 2)
         self.register_buffer("least", torch.tensor([-0.25, 0.0, 0.5]))
 
     def forward(self, x):
         a, b = self.first(x), F.relu(self.second(x))
         larger = (a >= b) & ~(a == b)
         either = (a > self.least) | (b <= 0.25)
+        smaller = (a < b) | (b <= self.least)
         missing = (x == 0).any(1, keepdim=True).float() + (a > 0).all(1).float()[:, None]
-        return self.last(torch.cat([torch.where(larger, a, -b), a * either, b.masked_fill(a != b, 1.0), missing], 1))
+        chosen = torch.where(larger, a, -b), a * either, a * smaller, b.masked_fill(a != b, 1.0)
+        return self.last(torch.cat([*chosen, missing], 1))
 
 
 class Divided(nn.Module):
