@@ -465,7 +465,9 @@ class Output(NamedTuple):
     scores: Tensor
 
 
-_VALUES_AT_ONCE = 1 << 22
+_VALUES_AT_ONCE = 1 << 22  # of inputs
+_VALUES_IN_CACHE = 1 << 18  # likewise, where a processor's caches are to hold what a network makes of them
+_EVALUATIONS = (10, 50)  # of a training, at least and at most
 _RESHAPES = ("squeeze", "unsqueeze", "flatten", "view", "reshape")
 _JUDGED_BEFORE = ("softmax", "logsoftmax", "log_softmax", "sigmoid", "argmax")
 
@@ -513,8 +515,8 @@ def output_of(model: nn.Module, x: Tensor, shapes: Sequence[Shape] = ()) -> Outp
 
 
 def at_once(x: Tensor) -> int:
-    """How many of the samples `x` to compute at a time: all but of large images, which would need much memory."""
-    return max(_VALUES_AT_ONCE // x[0].numel(), 1)
+    """How many of the samples `x` to compute at a time: fewer of images, which would need much memory."""
+    return max((_VALUES_IN_CACHE if x.is_cpu else _VALUES_AT_ONCE) // x[0].numel(), 1)
 
 
 @torch.no_grad()
@@ -623,7 +625,7 @@ def fit(
             parts={"model": model, "optimizer": optimizer, **shaped, **({"best": best} if best else {})},
             steps=steps,
             seed=seed,
-            news=50,
+            news=max(_EVALUATIONS) if best else _evaluations(task, steps),
             settings=(learning_rate, keep, autocast, taught, formats),
             listener=best or listener,
             checkpoint=checkpoint,
@@ -631,6 +633,12 @@ def fit(
     if best:
         best.restore()
     return history
+
+
+def _evaluations(task: Task, steps: int) -> int:
+    """How often to look at the validation split in a training: where it is large, at half as many samples as learn."""
+    least, most = _EVALUATIONS
+    return min(max(steps * task.batch_size // (2 * max(len(task.samples("val")), 1)), least), most)
 
 
 def falling(step: int, steps: int) -> float:

@@ -127,7 +127,7 @@ def test_float_training_goes_on_with_its_noise(digits, tmp_path):
         return model, history
 
     model, history = train()
-    (again, same), _ = interrupted(train, tmp_path / "checkpoint")
+    (again, same), _ = interrupted(train, tmp_path / "checkpoint", (1, 2, 5))
     assert same == history
     assert_same(again, model)
 
@@ -156,7 +156,7 @@ def test_fine_tuning_goes_on_with_what_was_pruned(mlp, digits, tmp_path, monkeyp
         return model, history
 
     model, history = train()
-    (again, same), _ = interrupted(train, tmp_path / "checkpoint", (3, 10, 25))
+    (again, same), _ = interrupted(train, tmp_path / "checkpoint", (1, 2, 4))
     assert same == history
     assert_same(again, model)
 
@@ -170,19 +170,19 @@ def test_another_trainings_file_is_not_used(digits, tmp_path):
         return model
 
     with pytest.raises(Stopped):
-        train(listener=stopping_after(20)[0])
+        train(listener=stopping_after(4)[0])
     kept = (tmp_path / "checkpoint").read_bytes()
     for other in ({"learning_rate": 2e-2}, {"steps": 101}, {"key": "other data"}, {"layer": 1}):
         (tmp_path / "checkpoint").write_bytes(kept)
         listen, heard = stopping_after(1)
         with pytest.raises(Stopped):
             train(**other, listener=listen)
-        assert heard == [2], other
+        assert heard == [8], other
     (tmp_path / "checkpoint").write_bytes(kept)
     listen, heard = stopping_after(1)
     with pytest.raises(Stopped):
         train(listener=listen)
-    assert heard == [40]
+    assert heard == [32]
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 half", None])

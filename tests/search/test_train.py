@@ -235,6 +235,21 @@ def test_a_student_comes_near_its_teacher(mlp, digits):
     assert apart() < 0.3 * before
 
 
+def test_a_large_validation_split_is_looked_at_less_often(digits):
+    """Training is the same; of some fifty states the best is kept all the same."""
+    large = replace(digits, x_val=digits.x_val.repeat(8, 1), y_val=digits.y_val.repeat(8))
+
+    def trained(task, keep="last"):
+        model = seeded(64, 10, nn.Identity())
+        return len(fit(model, task, steps=1000, learning_rate=1e-2, seed=0, keep=keep)["step"]), model
+
+    (often, model), (rarely, same) = trained(digits), trained(large)
+    assert often == 50
+    assert rarely == 1000 * large.batch_size // (2 * len(large.x_val)) + 1  # and the last step
+    assert torch.equal(model.last.weight, same.last.weight)
+    assert trained(large, keep="best")[0] == 50
+
+
 def test_input_noise_is_of_each_value_and_within_its_range(digits):
     """The same for the same seed, also where a training goes on in the middle; without it batches are the samples."""
     noisy = replace(digits, input_noise=0.5)
