@@ -12,7 +12,8 @@ The float network is trained here, for 100 epochs by RAdam along a cosine from 2
 that for safe; search and fine-tuning are in float32. These are the paper's: 30 epochs of search in six cycles, 20 of
 fine-tuning, batches of 256, RAdam at 1e-5, logits at 1e-2, B = 1 … 8, lambda = 32; images are shifted by up to four
 pixels and mirrored at random in all phases. As everywhere here, BatchNorm is folded before the search, every type of
-the hardware is quantized, input and shortcuts included, and the learning rate of fine-tuning falls to zero.
+the hardware is quantized, input and shortcuts included, and the learning rate of fine-tuning falls to zero. In a share
+of the epochs the rates of search and fine-tuning are as much higher.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def main() -> None:
     parser.add_argument("--rw", type=float, nargs="+", default=RATES)
     parser.add_argument("--ra", type=float, nargs="+", default=ACTIVATION_RATES)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--share", type=float, default=1.0, help="of the paper's epochs, for a processor [1]")
+    parser.add_argument("--share", type=float, default=1.0, help="of the epochs, for a processor [1]")
     parser.add_argument("--quick", action="store_true", help="a trial on few images, whose table is left in --out")
     parser.add_argument("--threads", type=int, help="of the processor [all]")
     parser.add_argument("--out", type=Path, help="where everything is kept [build/paper or build/paper-quick]")
@@ -147,6 +148,7 @@ class Trial:
         self.task: Task = replace(plain, streams={"train": images})
         self.steps = [20, 150, 20] if quick else [int(share * epochs * len(images) / BATCH) for epochs in EPOCHS]
         kind = torch.device(device).type
+        self.faster = 1 if quick else 1 / share  # weights and logits go as far in fewer steps
         self.key = f"{network} {self.dataset.digest} {seed} {self.steps} {kind} {parallel.processes()}"
         self.model: nn.Module | None = None
         out.mkdir(parents=True, exist_ok=True)
@@ -158,15 +160,16 @@ class Trial:
         if parallel.from_first(file.exists() and json.loads(file.read_text())["key"] == self.key):
             return
         _, search_steps, finetune_steps = self.steps
+        learning_rate = LEARNING_RATE * self.faster
         trained = self.trained()
         model = instrument(trained, self.task.input_shape, input_signed=self.task.input_signed).to(self.device)
         kept = [self.checkpoint(f"{name}-{phase}") for phase in ("search", "finetune")]
         _, scheme, _ = find_scheme(
             model,
             self.task,
-            Budget(search_steps=search_steps, learning_rate=LEARNING_RATE),
+            Budget(search_steps=search_steps, learning_rate=learning_rate),
             Target(weight_rate=rw, activation_rate=ra, bits=tuple(range(1, 9))),
-            options={"logit_learning_rate": LOGIT_LEARNING_RATE},
+            options={"logit_learning_rate": LOGIT_LEARNING_RATE * self.faster},
             seed=self.seed,
             listener=self.news(f"{name} search"),
             checkpoint=kept[0],
@@ -175,7 +178,7 @@ class Trial:
             model,
             self.task,
             steps=finetune_steps,
-            learning_rate=LEARNING_RATE,
+            learning_rate=learning_rate,
             seed=self.seed,
             listener=self.news(f"{name} finetune"),
             checkpoint=kept[1],

@@ -400,6 +400,7 @@ class QModel(nn.Module):
         grids: Mapping[str, AnyGrid] | None = None,
         observe: Callable[[str, Tensor], None] | None = None,
         follow: Callable[[str, Tensor], None] | None = None,
+        known: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Output for `x`, `(batch, *input_shape)`; several inputs, and several outputs, stand in a row.
 
@@ -408,8 +409,9 @@ class QModel(nn.Module):
             grids: quantizer of each site by name, in place of the frozen ones; a site that is left out stays float.
             observe: called with the name and the unquantized tensor of the input and of every activation.
             follow: called with the name and the values of every tensor that layers read or the model puts out.
+            known: such values, of nodes that are not to be computed again.
         """
-        grids = self._grids if grids is None else grids
+        grids, known = self._grids if grids is None else grids, known or {}
         inputs = {
             name: _channels_last(part)
             for name, part in zip(self.inputs, parted(x, list(self.inputs.values())), strict=True)
@@ -434,7 +436,9 @@ class QModel(nn.Module):
         origins |= {name: (x, grids[name]) for name, x in inputs.items() if name in grids and name not in dense}
         for node, layer, read in zip(self.nodes, self.layers, self._last_reads, strict=True):
             name, sources = node.name, [tensors[source] for source in node.sources]
-            if isinstance(layer, Activation):
+            if name in known:
+                tensors[name] = known[name]
+            elif isinstance(layer, Activation):
                 fused = layer.relu and name in grids and not watched  # no grid reaches beyond the limit of a clip
                 tensor = sources[0] if fused else layer(*sources)
                 if observe:

@@ -6,8 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from hmq_fpga.ir import cost, reference
 from hmq_fpga.ir.errors import InvalidInput
@@ -16,7 +18,9 @@ from hmq_fpga.search.calibrate import max_thresholds_log2
 from hmq_fpga.search.freeze import freeze, run_codes
 from hmq_fpga.search.methods import METHODS, find_scheme
 from hmq_fpga.search.methods.hmq import HmqOptions, Schedule, missed_rate_slope
+from hmq_fpga.search.methods.widths import rises
 from hmq_fpga.search.optimizer import BETAS, RAdam
+from hmq_fpga.search.quantizers import Grid
 from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.target import Bound, Target, cheapest_bits, meets
 from hmq_fpga.search.train import Budget, Recorder, evaluate, finetune, fit
@@ -210,6 +214,41 @@ def test_repair_is_recorded(mlp, digits):
     repaired = scheme.found_by["repaired"]
     assert repaired
     assert all(before == 8 and scheme[name].format.width == after for name, (before, after) in repaired.items())
+
+
+class Twice(nn.Module):
+    """A layer that is used twice, and a shortcut past it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(64, 16), nn.Linear(16, 16), nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = F.relu(self.first(x))
+        y = torch.tanh(self.middle(x)) + x
+        return self.last(F.relu(self.middle(y)))
+
+
+def test_rises_are_those_of_whole_passes(digits):
+    """What comes before a changed tensor is not computed again."""
+    torch.manual_seed(0)
+    model = instrument(Twice(), digits.input_shape)
+    _, scheme, _ = find_scheme(model, digits, Budget(search_steps=150), Target(weight_rate=4), method="uniform")
+    formats = {name: scheme[name].format for name in scheme}
+    candidates = {name: {bits: f.narrowed(bits) for bits in (1, 2, f.width)} for name, f in formats.items()}
+    x, y = digits.samples("train").head(4096)
+
+    def loss(name, changed):
+        with torch.no_grad():
+            output = model(x, {n: Grid.of(f) for n, f in {**formats, name: changed}.items()})
+        return float(digits.loss(output, y))
+
+    found = rises(model, digits, formats, candidates)
+    assert set(found) == set(formats)
+    for name, of_each in found.items():
+        expected = {bits: loss(name, f) - loss(name, formats[name]) for bits, f in candidates[name].items()}
+        assert of_each == pytest.approx(expected, abs=1e-5), name
+        assert max(abs(rise) for rise in of_each.values()) > 1e-4, name
 
 
 def bound(most, *, of="weights", **prices):

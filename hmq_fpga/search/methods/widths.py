@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.search.calibrate import least_error_format, least_error_formats, max_thresholds_log2
@@ -45,19 +46,24 @@ def rises(model: QModel, task: Task, formats: Mapping[str, Fixed], candidates: C
     """How much the loss on training samples rises when one tensor alone changes from `formats` to a candidate."""
     samples = InMemory(*task.samples("train").head(SAMPLES))
     grids = {name: Grid.of(f) for name, f in formats.items()}
+    order = [node.name for node in model.nodes]
+    before = {name: order[:place] for place, name in enumerate(order)}
+    before |= {site: before[first] for first, site in reversed(model.weight_sites.items())}
+    found = {name: dict.fromkeys(formats_of, 0.0) for name, formats_of in candidates.items()}
+    for batch, targets in samples.in_order(at_once(samples.x)):
+        made: dict[str, Tensor] = {}
 
-    def loss(changed: Mapping[str, Grid]) -> float:
-        total = 0.0
-        for batch, targets in samples.in_order(at_once(samples.x)):
-            returned, scores = finished(model, model(batch, {**grids, **changed}))
-            total += float(task.loss(returned, targets, scores)) * len(batch)
-        return total / len(samples)
+        def loss(output: Tensor, targets: Tensor = targets) -> float:
+            returned, scores = finished(model, output)
+            return float(task.loss(returned, targets, scores)) * len(targets)
 
-    before = loss({})
-    return {
-        name: {bits: loss({name: Grid.of(f)}) - before for bits, f in formats_of.items()}
-        for name, formats_of in candidates.items()
-    }
+        unchanged = loss(model(batch, grids, follow=made.__setitem__))
+        for name, formats_of in candidates.items():
+            known = {tensor: made[tensor] for tensor in before.get(name, ())}
+            for bits, f in formats_of.items():
+                output = model(batch, {**grids, name: Grid.of(f)}, known=known)
+                found[name][bits] += (loss(output) - unchanged) / len(samples)
+    return found
 
 
 def cheapest(candidates: Candidates, costs: Costs, bounds: Sequence[Bound]) -> dict[str, Fixed]:
