@@ -54,7 +54,7 @@ results: bench environment-hgq2
 	$(BIN)/python benchmarks/ablation.py mnist14_mlp --luts 3000 --variants 'as built' 'saliency: magnitude alone' --seeds 8
 	$(BIN)/python benchmarks/methods.py pendigits_mlp letter_mlp --rates 6 8 10 12 14 --seeds 5
 	$(BIN)/python benchmarks/methods.py magic_mlp --methods hmq uniform --rates 8 12 14 --seeds 5
-	$(BIN)/python benchmarks/methods.py dscnn_fsdd --seeds 3
+	$(BIN)/python benchmarks/methods.py mnist_cnn dscnn_fsdd --seeds 3
 	$(BIN)/python benchmarks/options.py pendigits_mlp letter_mlp --seeds 5
 	$(BIN)/python benchmarks/distill.py digits_mlp digits_tiny_cnn pendigits_mlp letter_mlp magic_mlp --seeds 5
 	$(BIN)/python benchmarks/dead.py digits_mlp pendigits_mlp letter_mlp magic_mlp --seeds 5

@@ -1,7 +1,7 @@
 """Search methods on the same models, data, steps and fine-tuning: accuracy against the weight compression rate.
 
     python benchmarks/methods.py pendigits_mlp letter_mlp --rates 6 8 10 12 14 --seeds 5
-    python benchmarks/methods.py dscnn_fsdd --seeds 3
+    python benchmarks/methods.py mnist_cnn dscnn_fsdd --seeds 3
 
 Rows are kept in `methods.json`, and those already there are not repeated. Every method starts from the float model of
 its seed and ends with the same fine-tuning; seconds are processor time of one thread.
@@ -88,7 +88,7 @@ def page(rows: list[Row]) -> str:
         "Test split, mean and standard deviation over seeds; seconds of search are processor time of one thread,",
         "LUTs the tracer's, of networks that are unrolled; two cores of x86-64. Made by",
         "`python benchmarks/methods.py pendigits_mlp letter_mlp --rates 6 8 10 12 14 --seeds 5`, and the same of",
-        "`magic_mlp --methods hmq uniform --rates 8 12 14` and of `dscnn_fsdd --seeds 3`. `zeroq` needs",
+        "`magic_mlp --methods hmq uniform --rates 8 12 14` and of `mnist_cnn dscnn_fsdd --seeds 3`. `zeroq` needs",
         "BatchNorm.",
     ]
     for task in dict.fromkeys(row["task"] for row in rows):

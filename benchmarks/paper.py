@@ -148,7 +148,7 @@ class Trial:
         self.task: Task = replace(plain, streams={"train": images})
         self.steps = [20, 150, 20] if quick else [int(share * epochs * len(images) / BATCH) for epochs in EPOCHS]
         kind = torch.device(device).type
-        self.faster = 1 if quick else 1 / share  # weights and logits go as far in fewer steps
+        self.rates = [rate / share for rate in (LEARNING_RATE, LOGIT_LEARNING_RATE)]  # as far in fewer steps
         self.key = f"{network} {self.dataset.digest} {seed} {self.steps} {kind} {parallel.processes()}"
         self.model: nn.Module | None = None
         out.mkdir(parents=True, exist_ok=True)
@@ -160,7 +160,7 @@ class Trial:
         if parallel.from_first(file.exists() and json.loads(file.read_text())["key"] == self.key):
             return
         _, search_steps, finetune_steps = self.steps
-        learning_rate = LEARNING_RATE * self.faster
+        learning_rate, logit_learning_rate = self.rates
         trained = self.trained()
         model = instrument(trained, self.task.input_shape, input_signed=self.task.input_signed).to(self.device)
         kept = [self.checkpoint(f"{name}-{phase}") for phase in ("search", "finetune")]
@@ -169,7 +169,7 @@ class Trial:
             self.task,
             Budget(search_steps=search_steps, learning_rate=learning_rate),
             Target(weight_rate=rw, activation_rate=ra, bits=tuple(range(1, 9))),
-            options={"logit_learning_rate": LOGIT_LEARNING_RATE * self.faster},
+            options={"logit_learning_rate": logit_learning_rate},
             seed=self.seed,
             listener=self.news(f"{name} search"),
             checkpoint=kept[0],
