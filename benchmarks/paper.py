@@ -148,7 +148,8 @@ class Trial:
         self.task: Task = replace(plain, streams={"train": images})
         self.steps = [20, 150, 20] if quick else [int(share * epochs * len(images) / BATCH) for epochs in EPOCHS]
         kind = torch.device(device).type
-        self.rates = [rate / share for rate in (LEARNING_RATE, LOGIT_LEARNING_RATE)]  # as far in fewer steps
+        part = 1.0 if quick else share
+        self.rates = [rate / part for rate in (LEARNING_RATE, LOGIT_LEARNING_RATE)]  # as far in fewer steps
         self.key = f"{network} {self.dataset.digest} {seed} {self.steps} {kind} {parallel.processes()}"
         self.model: nn.Module | None = None
         out.mkdir(parents=True, exist_ok=True)

@@ -49,20 +49,20 @@ def rises(model: QModel, task: Task, formats: Mapping[str, Fixed], candidates: C
     order = [node.name for node in model.nodes]
     before = {name: order[:place] for place, name in enumerate(order)}
     before |= {site: before[first] for first, site in reversed(model.weight_sites.items())}
+
+    def loss(output: Tensor, targets: Tensor) -> float:
+        returned, scores = finished(model, output)
+        return float(task.loss(returned, targets, scores)) * len(targets)
+
     found = {name: dict.fromkeys(formats_of, 0.0) for name, formats_of in candidates.items()}
     for batch, targets in samples.in_order(at_once(samples.x)):
         made: dict[str, Tensor] = {}
-
-        def loss(output: Tensor, targets: Tensor = targets) -> float:
-            returned, scores = finished(model, output)
-            return float(task.loss(returned, targets, scores)) * len(targets)
-
-        unchanged = loss(model(batch, grids, follow=made.__setitem__))
+        unchanged = loss(model(batch, grids, follow=made.__setitem__), targets)
         for name, formats_of in candidates.items():
             known = {tensor: made[tensor] for tensor in before.get(name, ())}
             for bits, f in formats_of.items():
                 output = model(batch, {**grids, name: Grid.of(f)}, known=known)
-                found[name][bits] += (loss(output) - unchanged) / len(samples)
+                found[name][bits] += (loss(output, targets) - unchanged) / len(samples)
     return found
 
 
