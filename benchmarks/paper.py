@@ -8,9 +8,9 @@
 Killed at any moment, the same command goes on where it was. Each phase keeps its state in `--out`; what is trained is
 not trained again. Started by `torchrun --nproc-per-node N`, every batch is split over N GPUs or processes.
 
-The float network is trained here, for 100 epochs by RAdam along a cosine from 2e-3, in bfloat16 where PyTorch takes
-that for safe; search and fine-tuning are in float32. These are the paper's: 30 epochs of search in six cycles, 20 of
-fine-tuning, batches of 256, RAdam at 1e-5, logits at 1e-2, B = 1 … 8, lambda = 32; images are shifted by up to four
+The float network is trained here, for 100 epochs by RAdam along a cosine from 2e-3, on GPUs in bfloat16 where PyTorch
+takes that for safe; search and fine-tuning are in float32. These are the paper's: 30 epochs of search in six cycles, 20
+of fine-tuning, batches of 256, RAdam at 1e-5, logits at 1e-2, B = 1 … 8, lambda = 32; images are shifted by up to four
 pixels and mirrored at random in all phases. As everywhere here, BatchNorm is folded before the search, every type of
 the hardware is quantized, input and shortcuts included, and the learning rate of fine-tuning falls to zero. In a share
 of the epochs the rates of search and fine-tuning are as much higher.
@@ -217,7 +217,7 @@ class Trial:
                 steps=self.steps[0],
                 learning_rate=FLOAT_LEARNING_RATE,
                 seed=self.seed,
-                autocast=torch.bfloat16,
+                autocast=None if self.device == "cpu" else torch.bfloat16,  # which many processors emulate
                 listener=self.news(f"float seed{self.seed}"),
                 checkpoint=self.checkpoint(f"float-seed{self.seed}"),
             )

@@ -149,13 +149,10 @@ class _Freezer:
         for name, shape in self._model.inputs.items():
             entry = ops.Input(name=name, shape=_channels_last(shape), format=self._model.formats[name])
             self._tensors[name] = self._along(entry, 0)
-        outputs: tuple[str, ...] = ()
         for node, layer in zip(self._model.nodes, self._model.layers, strict=True):
-            if isinstance(layer, Join):
-                outputs = node.sources
-            else:
+            if not isinstance(layer, Join):
                 self._tensors[node.name] = self._freeze(node, layer)
-        read = [self._channels_last(self._tensors[name], name) for name in outputs or [self._model.nodes[-1].name]]
+        read = [self._channels_last(self._tensors[name], name) for name in self._model.outputs]
         return QNet(tuple(self._ops.values()), tuple(read))
 
     def _freeze(self, node: Node, layer: nn.Module) -> _Lying:

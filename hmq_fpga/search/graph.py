@@ -239,6 +239,20 @@ class QModel(nn.Module):
         """Of one sample, channels first; several inputs stand in a row, see `layers.joined`."""
         return joined_shape(list(self.inputs.values()))
 
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the tensors that the model puts out."""
+        last = self.nodes[-1]
+        return last.sources if isinstance(self.layers[-1], Join) else (last.name,)
+
+    def bypassed(self, weight: str) -> bool:
+        """Whether all outputs depend on inputs even where the layers of a weight, a site, pass nothing on."""
+        reached = set(self.inputs)
+        for node in self.nodes:
+            if self.weight_sites.get(node.name) != weight and not reached.isdisjoint(node.sources):
+                reached.add(node.name)
+        return reached.issuperset(self.outputs)
+
     def _of_dense_layers(self) -> set[str]:
         """Weights and biases of dense layers, and what has a format and is read by one dense layer alone."""
         layers = zip(self.nodes, self.layers, strict=True)
@@ -291,11 +305,8 @@ class QModel(nn.Module):
     @property
     def output_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Of one sample of each output, channels first; where there are several, a `Join` is last."""
-        last = self.nodes[-1]
-        if not isinstance(self.layers[-1], Join):
-            return (last.shape,)
         shapes = {node.name: node.shape for node in self.nodes}
-        return tuple(shapes[name] for name in last.sources)
+        return tuple(shapes[name] for name in self.outputs)
 
     def finish(self, output: Tensor) -> Tensor:
         """What the user's model returns, from what this one does: its final functions applied to `(batch, …)`."""

@@ -17,7 +17,7 @@ from hmq_fpga.ir.fixed import Fixed
 from hmq_fpga.search import quantizers
 from hmq_fpga.search.calibrate import scheme_of
 from hmq_fpga.search.freeze import freeze, run_codes
-from hmq_fpga.search.layers import Function, joined
+from hmq_fpga.search.layers import Function, joined, parted
 from hmq_fpga.search.quantizers import Grid, TrainedGrid
 from hmq_fpga.search.reading import instrument
 from hmq_fpga.study.tasks import TASKS
@@ -576,6 +576,28 @@ def test_outputs_of_a_network_that_has_several():
     np.testing.assert_array_equal(np.concatenate([o.reshape(7, -1) for o in outputs.values()], 1), codes)
     lone = freeze(randomly_formatted(instrument(nn.Linear(6, 5), (6,)), 0, (3, 8)))
     assert list(lone.split(np.zeros((7, 5)))) == list(lone.outputs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "bypassed"),
+    [
+        (Residual, (2, 8, 8), {"conv1_0", "conv2_0", "down", "conv3"}),
+        (Branches, (3, 8), {"left", "right"}),
+        (Heads, (2, 4, 3), set()),
+        (Unusual, (4,), {"shared"}),
+    ],
+)
+def test_weights_that_a_shortcut_leads_around(kind, shape, bypassed):
+    """Without the others an output is the same for all inputs."""
+    torch.manual_seed(0)
+    read = instrument(kind().eval(), shape)
+    assert {name for name in read.weights if read.bypassed(name)} == {f"{name}.weight" for name in bypassed}
+    x = torch.rand(5, *read.input_shape)
+    for name in read.weights:
+        without = {name: Grid(1.0, 0.0, 0.0)}
+        outputs = parted(read(x, without).detach(), read.output_shapes)
+        vary = [float((output - output[:1]).abs().max()) > 1e-6 for output in outputs]
+        assert all(vary) == read.bypassed(name), name
 
 
 def test_what_several_heads_read_is_flattened_once():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import hmq_fpga as hmq
 from hmq_fpga.ir import cost
@@ -13,7 +14,7 @@ from hmq_fpga.search.methods.hmq import HmqOptions
 from hmq_fpga.search.quantizers import THRESHOLDS
 from hmq_fpga.search.reading import instrument
 from hmq_fpga.search.target import Target
-from hmq_fpga.search.train import Budget, batches, evaluate
+from hmq_fpga.search.train import Budget, batches, evaluate, fit
 
 pytestmark = pytest.mark.once
 
@@ -125,6 +126,38 @@ def test_a_threshold_that_leaves_nothing_of_a_weight_is_not_kept(mlp, digits, mo
     assert scheme[name].format.width == 8
     assert scheme[name].format.threshold_log2 >= largest - 1
     assert evaluate(model, digits)["val_accuracy"] > 0.8
+
+
+class Shortcut(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.last = nn.Linear(64, 32), nn.Linear(32, 32), nn.Linear(32, 10)
+
+    def forward(self, x):
+        x = F.relu(self.first(x))
+        return self.last(F.relu(x + self.inner(x)))
+
+
+@pytest.mark.parametrize("learnt", [False, True])
+def test_a_lost_layer_beside_a_shortcut_is_restored_where_that_helps(digits, monkeypatch, learnt):
+    """A network that has learnt without it does not know what it would say."""
+    torch.manual_seed(0)
+    net = Shortcut()
+    net.inner.requires_grad_(learnt)
+    if not learnt:
+        nn.init.zeros_(net.inner.weight)
+    fit(net, digits, steps=200, learning_rate=1e-2, seed=0)
+    if not learnt:
+        nn.init.normal_(net.inner.weight)
+    model = instrumented(net, digits)
+    search = hmq.HmqSearch(model, Target(weight_rate=4), STEPS, task=digits)
+    lost = Fixed.from_threshold(signed=True, bits=8, threshold_log2=-20)
+    found = {**search.formats(), "inner.weight": lost}
+    monkeypatch.setattr(search, "formats", lambda: found)
+    scheme = search.finish()
+    assert ("inner.weight" in scheme.found_by.get("restored", {})) == learnt
+    assert (scheme["inner.weight"].format == lost) != learnt
+    assert evaluate(model, digits)["val_accuracy"] > 0.85
 
 
 def test_headroom_is_a_larger_threshold_for_weights_alone(mlp, digits):

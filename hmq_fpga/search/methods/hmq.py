@@ -313,15 +313,21 @@ class HmqSearch(nn.Module):
         """Of weights of which the search's threshold leaves nothing, the formats of least error and the same width.
 
         A mixture of formats has the mean of their steps: towards the smallest threshold it can become finer and lose
-        little, until that is all of it; from there no gradient leads back.
+        little, until that is all of it; from there no gradient leads back. The rest of the network has learnt without
+        the layer: where a shortcut leads around it, it stays away unless the loss on training samples is less with it.
         """
-        return {
-            name: least_error_format(
-                weight, signed=True, bits=formats[name].width, max_threshold_log2=self._limits[name]
-            )
-            for name, weight in self.model.weights.items()
-            if leaves_nothing(weight, formats[name], self._limits[name])
-        }
+        restored: dict[str, Fixed] = {}
+        for name, weight in self.model.weights.items():
+            bits, limit = formats[name].width, self._limits[name]
+            if not leaves_nothing(weight, formats[name], limit):
+                continue
+            least = least_error_format(weight, signed=True, bits=bits, max_threshold_log2=limit)
+            if self.model.bypassed(name):
+                rise = rises(self.model, self._task, {**formats, **restored}, {name: {bits: least}})[name][bits]
+                if rise >= 0:
+                    continue
+            restored[name] = least
+        return restored
 
     def _repaired(self, formats: dict[str, Fixed]) -> tuple[dict[str, Fixed], dict[str, list[int]]]:
         """Formats that keep the promise on the bounds, and `{tensor: [bit-width before, after]}` of those that changed.
