@@ -53,9 +53,9 @@ def main() -> None:
             arguments.tasks, range(arguments.seeds), arguments.rates, arguments.methods
         )
     )
-    rows = told(fill(ROWS, wanted, _measure))
+    rows = fill(ROWS, wanted, _measure)
     (HERE / "methods.md").write_text(page(rows))
-    _draw(rows, HERE / "methods.svg")
+    _draw(_told(rows), HERE / "methods.svg")
 
 
 def _measure(*, task: str, method: str, rw: float, seed: int) -> Row:
@@ -83,19 +83,9 @@ def _measure(*, task: str, method: str, rw: float, seed: int) -> Row:
     }
 
 
-def told(rows: list[Row]) -> list[Row]:
-    """Those of networks that a method took, of enough seeds."""
-    taken = [row for row in rows if "refused" not in row]
-    seeds = Counter(map(_group, taken))
-    return [row for row in taken if seeds[_group(row)] >= LEAST_SEEDS]
-
-
-def _group(row: Row) -> tuple[str, str, float]:
-    return row["task"], row["method"], row["rw"]
-
-
 def page(rows: list[Row]) -> str:
     """Mean and standard deviation over seeds."""
+    rows = _told(rows)
     lines = [
         "Test split, mean and standard deviation over seeds; seconds of search are processor time of one thread,",
         "LUTs the tracer's, of networks that are unrolled; two cores of x86-64. Made by",
@@ -125,6 +115,17 @@ def page(rows: list[Row]) -> str:
                 f"| {f'{np.mean(luts):,.0f}' if luts else ''} | {np.mean([row['search_s'] for row in group]):.0f} |"
             )
     return "\n".join(lines) + "\n"
+
+
+def _told(rows: list[Row]) -> list[Row]:
+    """Those of networks that a method took, of enough seeds."""
+    taken = [row for row in rows if "refused" not in row]
+    seeds = Counter(map(_group, taken))
+    return [row for row in taken if seeds[_group(row)] >= LEAST_SEEDS]
+
+
+def _group(row: Row) -> tuple[str, str, float]:
+    return row["task"], row["method"], row["rw"]
 
 
 def _draw(rows: list[Row], path: Path) -> None:

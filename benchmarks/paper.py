@@ -21,14 +21,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common import Row, keep
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -86,9 +86,16 @@ def main() -> None:
                     trial.row(ra, rw)
         if parallel.number() == 0:
             here = arguments.out if arguments.quick else Path(__file__).parent
-            rows = [json.loads(file.read_text()) for file in sorted(arguments.out.glob("*/row-*.json"))]
-            (here / "paper.json").write_text(json.dumps(rows, indent=1) + "\n")
+            rows = _merged(here / "paper.json", sorted(arguments.out.glob("*/row-*.json")))
+            keep(here / "paper.json", rows)
             (here / "paper.md").write_text(page(rows))
+
+
+def _merged(stored: Path, files: Iterable[Path]) -> list[Row]:
+    """The rows of one file, and those of one file each, which take the place of the same ones before."""
+    rows: list[Row] = json.loads(stored.read_text()) if stored.exists() else []
+    rows += [json.loads(file.read_text()) for file in files]
+    return list({tuple(row[name] for name in ("key", "ra", "rw")): row for row in rows}.values())
 
 
 # --- images ----------------------------------------------------------------------------------------------------------
@@ -256,7 +263,7 @@ class Trial:
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
-def page(rows: list[dict[str, Any]]) -> str:
+def page(rows: list[Row]) -> str:
     """Rows beside the published figures of the nearest rate."""
     lines = [
         "CIFAR-10 as JPEG, test split: not comparable with figures on the original images to better than some tenths.",
