@@ -11,9 +11,10 @@ not trained again. Started by `torchrun --nproc-per-node N`, every batch is spli
 The float network is trained here, for 100 epochs by RAdam along a cosine from 2e-3, on GPUs in bfloat16 where PyTorch
 takes that for safe; search and fine-tuning are in float32. These are the paper's: 30 epochs of search in six cycles, 20
 of fine-tuning, batches of 256, RAdam at 1e-5, logits at 1e-2, B = 1 … 8, lambda = 32; images are shifted by up to four
-pixels and mirrored at random in all phases. As everywhere here, BatchNorm is folded before the search, every type of
-the hardware is quantized, input and shortcuts included, and the learning rate of fine-tuning falls to zero. In a share
-of the epochs the rates of search and fine-tuning are as much higher.
+pixels and mirrored at random in all phases. Noise is the authors' code's: of each input channel of a weight and of each
+sample of an activation. As everywhere here, BatchNorm is folded before the search, every type of the hardware is
+quantized, input and shortcuts included, and the learning rate of fine-tuning falls to zero. In a share of the epochs
+the rates of search and fine-tuning are as much higher.
 """
 
 from __future__ import annotations
@@ -177,7 +178,7 @@ class Trial:
             self.task,
             Budget(search_steps=search_steps, learning_rate=learning_rate),
             Target(weight_rate=rw, activation_rate=ra, bits=tuple(range(1, 9))),
-            options={"logit_learning_rate": logit_learning_rate},
+            options={"logit_learning_rate": logit_learning_rate, "noise": "slice"},
             seed=self.seed,
             listener=self.news(f"{name} search"),
             checkpoint=kept[0],
