@@ -1,5 +1,7 @@
 """Phase one in training loops of other people."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -126,6 +128,18 @@ def test_a_threshold_that_leaves_nothing_of_a_weight_is_not_kept(mlp, digits, mo
     assert scheme[name].format.width == 8
     assert scheme[name].format.threshold_log2 >= largest - 1
     assert evaluate(model, digits)["val_accuracy"] > 0.8
+
+
+def test_a_lost_layer_that_all_leads_through_is_restored_whatever_the_loss(mlp, digits, monkeypatch):
+    """Without it nothing learns."""
+    mlp = copy.deepcopy(mlp)
+    with torch.no_grad():
+        mlp[4].weight.mul_(-8)
+    search = hmq.HmqSearch(instrumented(mlp, digits), Target(weight_rate=4), STEPS, task=digits)
+    lost = Fixed.from_threshold(signed=True, bits=8, threshold_log2=-20)
+    found = {**search.formats(), "linear_4.weight": lost}
+    monkeypatch.setattr(search, "formats", lambda: found)
+    assert "linear_4.weight" in search.finish().found_by["restored"]
 
 
 class Shortcut(nn.Module):
